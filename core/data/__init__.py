@@ -1,0 +1,1 @@
+"""Pictures and boxes: drawn shapes, COCO-format folders, transforms and batching."""

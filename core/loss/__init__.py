@@ -1,0 +1,1 @@
+"""Matching, classification losses and the set criterion."""

@@ -1,0 +1,1 @@
+"""The Deformable DETR model: parts, and `build` as their only composition root."""

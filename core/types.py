@@ -1,0 +1,159 @@
+"""THE shape documentation: what passes between the parts of the detector.
+
+Dimension letters: **B** pictures in the batch, **C** hidden_dim, **L** levels, **S** = sum of H_l * W_l (tokens of memory),
+**Q** queries, **M** heads, **P** sampling points (the Deformable DETR paper's K), **K** classes, **N** boxes of a picture.
+
+Boxes are (cx, cy, w, h) in [0, 1] of the *unpadded* picture unless the name says otherwise (`boxes_xyxy_px`).
+`spatial_shapes` rows are (H, W); points, `valid_ratios` and offsets are (x, y) or (w, h).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """The true boxes of one picture.
+
+    `labels` (N,) int64 in 0..K-1; `boxes` (N, 4); `picture_id` as in the annotation file; `original_size` (H, W) in pixels
+    before any resizing. Crowd boxes are not here: they count in scoring only.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    picture_id: int
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Pictures padded at the bottom and right to one size.
+
+    `images` (B, 3, H, W) float, normalised; `padding_mask` (B, H, W) bool, True = padding.
+    """
+
+    images: Tensor
+    padding_mask: Tensor
+    targets: tuple[Target, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device."""
+        targets = tuple(
+            Target(
+                labels=target.labels.to(device),
+                boxes=target.boxes.to(device),
+                picture_id=target.picture_id,
+                original_size=target.original_size,
+            )
+            for target in self.targets
+        )
+        return Batch(images=self.images.to(device), padding_mask=self.padding_mask.to(device), targets=targets)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeaturePyramid:
+    """Projected feature maps, finest first: `features` L x (B, C, H_l, W_l), `padding_masks` L x (B, H_l, W_l) True = padding."""
+
+    features: tuple[Tensor, ...]
+    padding_masks: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """The encoder's output over all levels.
+
+    `tokens` (B, S, C); `padding_mask` (B, S) True = padding; `spatial_shapes` L x (H, W); `valid_ratios` (B, L, 2) (w, h)
+    in (0, 1]; `layers` the output of each encoder layer, each (B, S, C), the last one being `tokens`.
+    """
+
+    tokens: Tensor
+    padding_mask: Tensor
+    spatial_shapes: tuple[tuple[int, int], ...]
+    valid_ratios: Tensor
+    layers: tuple[Tensor, ...]
+
+
+Matching = Literal["one_to_one", "one_to_many", "given"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuerySet:
+    """What the decoder starts from.
+
+    `content` (B, Q, C); `position` (B, Q, C) or None where the position follows the reference; `reference` (B, Q, 2 or 4)
+    after the sigmoid. `group` names the set; `sees` are the groups that it may attend to in self-attention.
+    """
+
+    content: Tensor
+    position: Tensor | None
+    reference: Tensor
+    group: str = "matched"
+    sees: frozenset[str] = frozenset({"matched"})
+    matching: Matching = "one_to_one"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a head says of each query or token.
+
+    `logits` (B, Q, K); `boxes` (B, Q, 4); `valid` (B, Q) bool, False = never to be matched or detected, or None = all valid.
+    `class_agnostic`: every target counts as class 0.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    source: Literal["decoder", "encoder", "denoising", "auxiliary"]
+    layer: int
+    group: str = "matched"
+    matching: Matching = "one_to_one"
+    valid: Tensor | None = None
+    class_agnostic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """Which query owns which target in one picture: `queries` and `targets`, both (min(Q, N),) int64."""
+
+    queries: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossTerm:
+    """One weighted scalar of the loss. `name` is class, l1 or giou."""
+
+    name: str
+    source: str
+    layer: int
+    value: Tensor  # () before weighting
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Detections:
+    """The scored boxes of one picture, best first.
+
+    `scores` (D,) in [0, 1]; `labels` (D,) in 0..K-1; `boxes_xyxy_px` (D, 4) in pixels of the original picture;
+    `queries` (D,) the query that each comes from.
+    """
+
+    picture_id: int
+    scores: Tensor
+    labels: Tensor
+    boxes_xyxy_px: Tensor
+    queries: Tensor
+
+
+class Detector(Protocol):
+    """All that training and evaluation know of a model."""
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[LossTerm, ...]:
+        """Return the loss terms of one batch; `generator` feeds what is random in the loss (denoising)."""
+        ...
+
+    def detect(self, batch: Batch) -> tuple[Detections, ...]:
+        """Return the detections of each picture, top_k of them at most."""
+        ...

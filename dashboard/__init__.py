@@ -1,0 +1,1 @@
+"""The Streamlit dashboard: it draws values computed elsewhere."""

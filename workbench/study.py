@@ -1,0 +1,118 @@
+"""What a study means once its file is read: variants, claims, looks, and the trials that they need.
+
+Plain values, resolved and validated: `study_file` makes a `Study`, `plan` makes a `Plan`, `store` keeps it.
+Metric values are fractions everywhere (AP .02, not 2).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from core.config import EvaluationConfig, ExperimentConfig
+
+Parameters = Literal["averaged", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A named set of overrides of the study's base. `overrides` is what it asked for, by dotted key; `config` the result."""
+
+    name: str
+    why: str
+    overrides: dict[str, Any]
+    config: ExperimentConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One addend of a claim's contrast: `weight` times the `metric` of `variant`, scored with `parameters`."""
+
+    variant: str
+    metric: str
+    weight: float
+    parameters: Parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A statement declared before the runs: the sum of its terms lies in a region set by `kind` and `margin`.
+
+    superiority: above 0; equivalence: within (-margin, margin). `margin` is the smallest difference that matters.
+    `missing` names variants of the terms that this selection does not run: the verdict is then undecided and says so.
+    """
+
+    id: str
+    text: str
+    kind: Literal["superiority", "equivalence"]
+    terms: tuple[Term, ...]
+    margin: float
+    family: str | None = None
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """A planned number of seeds at which verdicts may be given, and the share of alpha spent there."""
+
+    seeds: int
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """One question at one scale. `seeds` are those of the last look; each look takes the first `look.seeds` of them."""
+
+    name: str
+    question: str
+    path: Path
+    profile: str
+    gives_verdicts: bool  # False for smoke: it tests plumbing only
+    baseline: str
+    variants: tuple[Variant, ...]  # those selected, baseline first
+    claims: tuple[Claim, ...]
+    looks: tuple[Look, ...]
+    seeds: tuple[int, ...]
+    scope: Literal["seeds"]
+    budget_seconds: float | None
+    tracking_uri: str | None
+    layers: dict[
+        str, dict[str, tuple[Any, str]]
+    ]  # variant -> dotted key -> (value, where it was set); for `plan --explain`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialSpec:
+    """What one trial computes, whatever study asks for it: the content of spec.json."""
+
+    trial_id: str
+    config: ExperimentConfig
+    seed: int
+    data_root: str  # absolute, or "" for drawn data; operational
+    data_fingerprint: str
+    evaluations: dict[str, EvaluationConfig]  # eval_id -> how to score
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTrial:
+    """A cell of the study's table: this variant with this seed is that trial, scored in those evaluations."""
+
+    variant: str
+    seed: int
+    trial_id: str
+    evaluations: dict[Parameters, str]  # parameters -> eval_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that was decided before the first trial: the content of plan.json. Trials are ordered seed by seed."""
+
+    study: Study
+    plan_hash: str
+    trials: tuple[PlannedTrial, ...]
+    specs: dict[str, TrialSpec]  # trial_id -> spec
+    warnings: tuple[str, ...]
+
+    def at_look(self, look: Look) -> tuple[PlannedTrial, ...]:
+        """Return the trials that a look needs."""
+        seeds = set(self.study.seeds[: look.seeds])
+        return tuple(trial for trial in self.trials if trial.seed in seeds)
