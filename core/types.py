@@ -32,7 +32,8 @@ class Target:
 class Batch:
     """Pictures padded at the bottom and right to one size.
 
-    `images` (B, 3, H, W) float, normalised; `padding_mask` (B, H, W) bool, True = padding.
+    `images` (B, 3, H, W) uint8, RGB, 0 where padded (the backbone normalises as its weights ask); `padding_mask` (B, H, W)
+    bool, True = padding.
     """
 
     images: Tensor

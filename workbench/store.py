@@ -35,3 +35,6 @@ class StudyResults:
     plan: Plan
     records: dict[str, TrialRecord]  # trial_id -> record
     verdicts: tuple[Verdict, ...]
+    looks_started: int
+    post_hoc: frozenset[str]  # claims first registered after a trial of theirs had finished
+    mlflow: dict[str, Any] | None  # {"tracking_uri", "experiment_id", "parent_run_id", "runs": {trial_id: run_id}}
