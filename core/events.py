@@ -1,7 +1,7 @@
 """What happens while a trial trains, and its JSON form. A leaf: loads without torch.
 
-An event is a fact, not a log line: the record of a trial is the sequence of its events. After a resume some steps happen
-again, so a reader keeps the last event of a kind for each step.
+An event is a fact, not a log line: the record of a trial is the sequence of its events. After a resume some steps
+happen again, so a reader keeps the last event of a kind for each step.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +25,7 @@ class TrainingStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepsTaken:
-    """Progress within an epoch, every few seconds. Losses are means since the last such event, weighted as in the sum."""
+    """Progress within an epoch, every few seconds. Losses: means since the last such event, weighted as in the sum."""
 
     step: int
     epoch: float  # passes begun, as a fraction: 1.5 = half of the second epoch

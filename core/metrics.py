@@ -1,4 +1,7 @@
-"""COCO's twelve numbers. A leaf: loads without torch. All values are fractions in [0, 1]; None where nothing can be scored."""
+"""COCO's twelve numbers. A leaf: loads without torch.
+
+All values are fractions in [0, 1]; None where nothing can be scored.
+"""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
@@ -23,7 +26,7 @@ class Metrics:
     ar_small: float | None
     ar_medium: float | None
     ar_large: float | None
-    per_class: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    per_class: dict[str, dict[str, float | None]] = field(default_factory=dict[str, dict[str, float | None]])
     num_pictures: int = 0
     num_boxes: int = 0
 

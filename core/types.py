@@ -1,7 +1,8 @@
 """THE shape documentation: what passes between the parts of the detector.
 
-Dimension letters: **B** pictures in the batch, **C** hidden_dim, **L** levels, **S** = sum of H_l * W_l (tokens of memory),
-**Q** queries, **M** heads, **P** sampling points (the Deformable DETR paper's K), **K** classes, **N** boxes of a picture.
+Dimension letters: **B** pictures in the batch, **C** hidden_dim, **L** levels, **S** = sum of H_l * W_l (tokens of
+memory), **Q** queries, **M** heads, **P** sampling points (the Deformable DETR paper's K), **K** classes, **N** boxes of
+a picture.
 
 Boxes are (cx, cy, w, h) in [0, 1] of the *unpadded* picture unless the name says otherwise (`boxes_xyxy_px`).
 `spatial_shapes` rows are (H, W); points, `valid_ratios` and offsets are (x, y) or (w, h).
@@ -18,8 +19,8 @@ from torch import Tensor
 class Target:
     """The true boxes of one picture.
 
-    `labels` (N,) int64 in 0..K-1; `boxes` (N, 4); `picture_id` as in the annotation file; `original_size` (H, W) in pixels
-    before any resizing. Crowd boxes are not here: they count in scoring only.
+    `labels` (N,) int64 in 0..K-1; `boxes` (N, 4); `picture_id` as in the annotation file; `original_size` (H, W) in
+    pixels before any resizing. Crowd boxes are not here: they count in scoring only.
     """
 
     labels: Tensor
@@ -32,8 +33,8 @@ class Target:
 class Batch:
     """Pictures padded at the bottom and right to one size.
 
-    `images` (B, 3, H, W) uint8, RGB, 0 where padded (the backbone normalises as its weights ask); `padding_mask` (B, H, W)
-    bool, True = padding.
+    `images` (B, 3, H, W) uint8, RGB, 0 where padded (the backbone normalises as its weights ask); `padding_mask`
+    (B, H, W) bool, True = padding.
     """
 
     images: Tensor
@@ -56,7 +57,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturePyramid:
-    """Projected feature maps, finest first: `features` L x (B, C, H_l, W_l), `padding_masks` L x (B, H_l, W_l) True = padding."""
+    """Projected feature maps, finest first.
+
+    `features` L x (B, C, H_l, W_l); `padding_masks` L x (B, H_l, W_l), True = padding.
+    """
 
     features: tuple[Tensor, ...]
     padding_masks: tuple[Tensor, ...]
@@ -66,8 +70,8 @@ class FeaturePyramid:
 class Memory:
     """The encoder's output over all levels.
 
-    `tokens` (B, S, C); `padding_mask` (B, S) True = padding; `spatial_shapes` L x (H, W); `valid_ratios` (B, L, 2) (w, h)
-    in (0, 1]; `layers` the output of each encoder layer, each (B, S, C), the last one being `tokens`.
+    `tokens` (B, S, C); `padding_mask` (B, S) True = padding; `spatial_shapes` L x (H, W); `valid_ratios` (B, L, 2)
+    (w, h) in (0, 1]; `layers` the output of each encoder layer, each (B, S, C), the last one being `tokens`.
     """
 
     tokens: Tensor
@@ -84,8 +88,9 @@ Matching = Literal["one_to_one", "one_to_many", "given"]
 class QuerySet:
     """What the decoder starts from.
 
-    `content` (B, Q, C); `position` (B, Q, C) or None where the position follows the reference; `reference` (B, Q, 2 or 4)
-    after the sigmoid. `group` names the set; `sees` are the groups that it may attend to in self-attention.
+    `content` (B, Q, C); `position` (B, Q, C) or None where the position follows the reference; `reference`
+    (B, Q, 2 or 4) after the sigmoid. `group` names the set; `sees` are the groups that it may attend to in
+    self-attention.
     """
 
     content: Tensor
@@ -100,8 +105,8 @@ class QuerySet:
 class Prediction:
     """What a head says of each query or token.
 
-    `logits` (B, Q, K); `boxes` (B, Q, 4); `valid` (B, Q) bool, False = never to be matched or detected, or None = all valid.
-    `class_agnostic`: every target counts as class 0.
+    `logits` (B, Q, K); `boxes` (B, Q, 4); `valid` (B, Q) bool, False = never to be matched or detected, or None = all
+    valid. `class_agnostic`: every target counts as class 0.
     """
 
     logits: Tensor

@@ -15,7 +15,7 @@ Parameters = Literal["averaged", "raw"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """A named set of overrides of the study's base. `overrides` is what it asked for, by dotted key; `config` the result."""
+    """A named set of overrides of the study's base: `overrides` as asked for, by dotted key, and `config`, the result."""
 
     name: str
     why: str

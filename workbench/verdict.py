@@ -10,8 +10,9 @@ Word = Literal["supported", "refuted", "equivalent", "undecided"]
 class Verdict:
     """What the evidence says of one claim. Effects are fractions (AP .02), differences plus - minus.
 
-    `low`, `high`: the two-sided interval at this look's alpha; `inner_low`, `inner_high`: the one-sided pair that decides
-    equivalence. `differences` are the dots: seed -> contrast. All numbers are None when fewer than two pairs are finished.
+    `low`, `high`: the two-sided interval at this look's alpha; `inner_low`, `inner_high`: the one-sided pair that
+    decides equivalence. `differences` are the dots: seed -> contrast. All numbers are None when fewer than two pairs
+    are finished.
     """
 
     claim: str
