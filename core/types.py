@@ -1,8 +1,8 @@
 """THE shape documentation: what passes between the parts of the detector.
 
 Dimension letters: **B** pictures in the batch, **C** hidden_dim, **L** levels, **S** = sum of H_l * W_l (tokens of
-memory), **Q** queries, **M** heads, **P** sampling points (the Deformable DETR paper's K), **K** classes, **N** boxes of
-a picture.
+memory), **Q** queries, **M** heads, **P** sampling points (the Deformable DETR paper's K), **K** classes, **N** boxes
+of a picture.
 
 Boxes are (cx, cy, w, h) in [0, 1] of the *unpadded* picture unless the name says otherwise (`boxes_xyxy_px`).
 `spatial_shapes` rows are (H, W); points, `valid_ratios` and offsets are (x, y) or (w, h).

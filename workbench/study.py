@@ -15,7 +15,7 @@ Parameters = Literal["averaged", "raw"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """A named set of overrides of the study's base: `overrides` as asked for, by dotted key, and `config`, the result."""
+    """A named set of overrides of the study's base: as asked for, by dotted key, and the resulting config."""
 
     name: str
     why: str
