@@ -111,9 +111,6 @@ class SelectedQueries(Part):
 
     kind: Literal["selected"] = "selected"
     num_queries: PositiveInt = 300
-    anchor_scale: Positive = Field(
-        default=0.05, description="side of a proposal on the finest level, as a share of the picture"
-    )
 
 
 Queries = Annotated[LearnedQueries | SelectedQueries, Field(discriminator="kind")]
@@ -168,6 +165,14 @@ class ModelConfig(Part):
         default="shared", description="one prediction head, or one for each decoder layer"
     )
     encoder_supervision: EncoderSupervision | None = None
+    anchor_scale: Positive = Field(
+        default=0.05, description="side of an encoder proposal's anchor on the finest level, as a share of the picture"
+    )
+
+    @property
+    def has_box_references(self) -> bool:
+        """Whether the queries' first references are boxes, not points."""
+        return self.queries.kind == "selected" or self.queries.reference == "box"
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
@@ -190,8 +195,7 @@ class ModelConfig(Part):
             )
         if list(self.strides) != sorted(set(self.strides)):
             found.append(f"strides {list(self.strides)} must rise without repetition: finest level first")
-        boxes = self.queries.kind == "selected" or self.queries.reference == "box"
-        if self.query_position == "sine_of_reference" and not boxes:
+        if self.query_position == "sine_of_reference" and not self.has_box_references:
             found.append(
                 "query_position sine_of_reference needs box references: set queries.reference to box, or query_position to static"
             )
@@ -419,14 +423,15 @@ def dotted_keys(part: type[Part] = ExperimentConfig, prefix: str = "") -> list[s
     keys: list[str] = []
     for name, field in part.model_fields.items():
         keys.append(f"{prefix}{name}")
-        for member in _members(field.annotation):
+        for member in members(field.annotation):
             keys.extend(key for key in dotted_keys(member, f"{prefix}{name}.") if key not in keys)
     return keys
 
 
-def _members(annotation: Any) -> list[type[Part]]:  # noqa: ANN401 - annotations have no common type
+def members(annotation: Any) -> list[type[Part]]:  # noqa: ANN401 - annotations have no common type
+    """Return the parts that a field's annotation allows, in the order of its union."""
     if isinstance(annotation, type) and issubclass(annotation, Part):
         return [annotation]
     if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return [member for argument in get_args(annotation) for member in _members(argument)]
+        return [member for argument in get_args(annotation) for member in members(argument)]
     return []

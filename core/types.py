@@ -8,7 +8,7 @@ Boxes are (cx, cy, w, h) in [0, 1] of the *unpadded* picture unless the name say
 `spatial_shapes` rows are (H, W); points, `valid_ratios` and offsets are (x, y) or (w, h).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -117,6 +117,26 @@ class Prediction:
     matching: Matching = "one_to_one"
     valid: Tensor | None = None
     class_agnostic: bool = False
+
+    def best(self, count: int) -> "Prediction":
+        """Keep the `count` best-scored valid queries: by class 0 where class-agnostic, else by the best class.
+
+        Raises:
+            ValueError: if a picture has fewer valid ones.
+        """
+        scores = self.logits[..., 0] if self.class_agnostic else self.logits.amax(-1)
+        if self.valid is not None:
+            fewest = int(self.valid.sum(1).min())
+            if fewest < count:
+                raise ValueError(f"{count} queries are asked of {fewest} valid tokens: lower model.queries.num_queries")
+            scores = scores.masked_fill(~self.valid, -torch.inf)
+        chosen = scores.topk(count, dim=1).indices[..., None]
+        return replace(
+            self,
+            logits=self.logits.gather(1, chosen.expand(-1, -1, self.logits.shape[-1])),
+            boxes=self.boxes.gather(1, chosen.expand(-1, -1, 4)),
+            valid=None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,87 @@
+"""Checkpoints of our own: atomic, checksummed, the previous one kept.
+
+A file is a safe-to-load torch archive (tensors and plain values, no code) with a sidecar `<name>.sha256`. It appears by
+write, fsync, rename, sidecar last: a checkpoint without a matching sidecar does not exist.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+KEPT = 2
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as the checkpoint of `step`, then drop all but the newest two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:09d}.pt"
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save({"format": FORMAT, "step": step, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = _sha256(temporary)
+    temporary.replace(path)
+    _write_durably(_sidecar(path), digest)
+    for old in sorted(folder.glob("step_*.pt"))[:-KEPT]:
+        _sidecar(old).unlink(missing_ok=True)
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """Load the newest checkpoint whose checksum holds, or None; damaged ones are passed over."""
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        if is_intact(path):
+            return load_checkpoint(path), path
+    return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load one checkpoint without running any code in it.
+
+    Raises:
+        ValueError: if it was written by a later version.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether the file's checksum is the one beside it."""
+    sidecar = _sidecar(path)
+    return path.is_file() and sidecar.is_file() and sidecar.read_text(encoding="ascii").strip() == _sha256(path)
+
+
+def weights_hash(state: dict[str, Tensor]) -> str:
+    """Return a hash of every tensor's name and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

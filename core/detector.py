@@ -1,0 +1,40 @@
+"""DETR behind the `Detector` seam: the model with its criterion."""
+
+import torch
+from torch import Generator, nn
+
+from core.config import ExperimentConfig
+from core.evaluation.postprocess import to_detections
+from core.loss.criterion import SetCriterion, build_criterion
+from core.model.build import build_model
+from core.model.detr import DETR
+from core.types import Batch, Detections, LossTerm, Prediction
+
+
+class DetrDetector(nn.Module):
+    """What training and evaluation see of DETR."""
+
+    def __init__(self, *, model: DETR, criterion: SetCriterion) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def loss(self, batch: Batch, generator: Generator) -> tuple[LossTerm, ...]:
+        """Return the loss terms of one batch."""
+        return self.criterion(self.model(batch, generator), batch.targets)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Prediction:
+        """Return the last decoder layer's prediction."""
+        return self.model(batch)[-1]
+
+    def detect(self, batch: Batch, *, top_k: int) -> tuple[Detections, ...]:
+        """Return the detections of each picture."""
+        return to_detections(self.predict(batch), batch.targets, top_k=top_k)
+
+
+def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:
+    """Build a detector on the CPU with weights that depend on `seed` alone."""
+    supervision = config.model.encoder_supervision
+    criterion = build_criterion(config.loss, encoder_tokens=supervision.tokens if supervision else "all")
+    return DetrDetector(model=build_model(config.model, num_classes=num_classes, seed=seed), criterion=criterion)

@@ -1,0 +1,43 @@
+"""Building blocks with the initialisation of the Deformable DETR transformer."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name everybody knows
+
+
+class Linear(nn.Linear):
+    """A linear map whose weight starts as Xavier uniform; the bias keeps torch's default, as in the reference."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and bias."""
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a ReLU between, residual, LayerNorm after the sum."""
+
+    def __init__(self, *, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = Linear(dim, hidden)
+        self.linear2 = Linear(hidden, dim)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        return self.norm(x + self.dropout2(self.linear2(self.dropout1(F.relu(self.linear1(x))))))
+
+
+class MLP(nn.Module):
+    """Linear maps with ReLU between, torch's default initialisation (DETR's box head)."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., sizes[0]) to (..., sizes[-1])."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)

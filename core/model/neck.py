@@ -1,0 +1,48 @@
+"""From backbone maps to a pyramid of equal width (Deformable DETR, section 4.1): 1x1 convolutions, and strided extra levels."""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name everybody knows
+
+from core.types import FeaturePyramid
+
+
+class _Projection(nn.Conv2d):
+    """A convolution that starts as Xavier uniform with zero bias."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Neck(nn.Module):
+    """One projection a level, each followed by GroupNorm.
+
+    The first extra level is a 3x3 stride-2 convolution of the last backbone map, each further one of the level before it.
+    """
+
+    def __init__(self, *, channels: tuple[int, ...], dim: int, num_levels: int) -> None:
+        super().__init__()
+        groups = math.gcd(32, dim)  # 32 as in the reference, where it divides
+        lateral = [nn.Sequential(_Projection(c, dim, 1), nn.GroupNorm(groups, dim)) for c in channels]
+        extra_inputs = [channels[-1], *[dim] * num_levels][: num_levels - len(channels)]
+        extra = [
+            nn.Sequential(_Projection(c, dim, 3, stride=2, padding=1), nn.GroupNorm(groups, dim)) for c in extra_inputs
+        ]
+        self.projections = nn.ModuleList(lateral + extra)
+
+    def forward(self, features: tuple[Tensor, ...], padding_mask: Tensor) -> FeaturePyramid:
+        """Project `features`, L' maps (B, channels_l, H_l, W_l), and shrink `padding_mask` (B, H, W) to each level."""
+        levels: list[Tensor] = []
+        for index, projection in enumerate(self.projections):
+            if index < len(features):
+                source = features[index]
+            else:
+                source = features[-1] if index == len(features) else levels[-1]
+            levels.append(projection(source))
+        masks = tuple(
+            F.interpolate(padding_mask[:, None].float(), size=level.shape[-2:]).bool()[:, 0] for level in levels
+        )
+        return FeaturePyramid(features=tuple(levels), padding_masks=masks)

@@ -1,0 +1,83 @@
+"""Position embeddings: sine of grid cells with a level embedding, and sine of reference boxes."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from core.model.layers import MLP
+
+
+class LevelPosition(nn.Module):
+    """Sine embedding of each cell of each level, in the unpadded part, plus a learned vector a level.
+
+    DETR (arXiv:2005.12872, A.4) without shift; Deformable DETR shifts by `offset` -0.5 cells before normalising.
+    """
+
+    level_embed: nn.Parameter | None
+
+    def __init__(self, *, dim: int, num_levels: int, temperature: float, offset: float, level_embed: bool) -> None:
+        super().__init__()
+        self.offset = offset
+        self.register_buffer("frequencies", _frequencies(dim // 2, temperature), persistent=False)
+        self.register_parameter("level_embed", nn.Parameter(torch.empty(num_levels, dim)) if level_embed else None)
+        self.reset_parameters()
+
+    frequencies: Tensor
+
+    def reset_parameters(self) -> None:
+        """Start the level embedding as N(0, 1)."""
+        if self.level_embed is not None:
+            nn.init.normal_(self.level_embed)
+
+    def forward(self, padding_mask: Tensor, level: int) -> Tensor:
+        """Map `padding_mask` (B, H, W) to an embedding (B, H * W, C): y first, then x."""
+        inside = ~padding_mask
+        axes = []
+        for dim in (1, 2):
+            cells = inside.cumsum(dim, dtype=torch.float32)
+            last = cells.narrow(dim, cells.shape[dim] - 1, 1)
+            axes.append((cells + self.offset) / (last + 1e-6) * (2 * math.pi))
+        embedding = torch.cat([_sine(axis, self.frequencies) for axis in axes], dim=-1).flatten(1, 2)
+        return embedding if self.level_embed is None else embedding + self.level_embed[level]
+
+
+class StaticQueryPosition(nn.Module):
+    """The query's own position embedding, the same for every layer."""
+
+    def forward(self, reference: Tensor, position: Tensor | None) -> Tensor:  # noqa: ARG002 - one signature for both
+        """Return `position` (B, Q, C)."""
+        if position is None:
+            raise ValueError("static query positions need query sets that bring one")
+        return position
+
+
+class SineQueryPosition(nn.Module):
+    """An MLP of the sine of the box that the layer looks at (DAB-DETR, arXiv:2201.12329, eq. 2)."""
+
+    def __init__(self, *, dim: int, temperature: float = 10000.0) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", _frequencies(dim // 2, temperature), persistent=False)
+        self.mlp = MLP(2 * dim, dim, dim)
+
+    frequencies: Tensor
+
+    def forward(self, reference: Tensor, position: Tensor | None) -> Tensor:  # noqa: ARG002 - one signature for both
+        """Map `reference` (B, Q, 4) to (B, Q, C)."""
+        return self.mlp(sine_of_boxes(reference, self.frequencies))
+
+
+def sine_of_boxes(boxes: Tensor, frequencies: Tensor) -> Tensor:
+    """Map (B, Q, 4) in [0, 1] to (B, Q, 4 * len(frequencies)): the sine embedding of each coordinate in turn."""
+    return _sine(boxes * (2 * math.pi), frequencies).flatten(-2)
+
+
+def _frequencies(num: int, temperature: float) -> Tensor:
+    pairs = torch.arange(num, dtype=torch.float32) // 2 * 2
+    return temperature ** (-pairs / num)
+
+
+def _sine(angle: Tensor, frequencies: Tensor) -> Tensor:
+    """Interleave sine and cosine: (...,) to (..., num)."""
+    phases = angle[..., None] * frequencies
+    return torch.stack([phases[..., 0::2].sin(), phases[..., 1::2].cos()], dim=-1).flatten(-2)
