@@ -6,7 +6,7 @@ work and are imported on first use, because they take longer to load than `statu
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +73,7 @@ def paired_interval(differences: Sequence[float], *, alpha: float) -> Interval:
         inner_high=float(inner.high),
         sd=sd,
         n=len(values),
-        p_value=float(test.pvalue),
+        p_value=float(test.pvalue),  # pyright: ignore[reportAttributeAccessIssue] - scipy names it at run time
     )
 
 
@@ -81,11 +81,10 @@ def reachable(n: int, sd: float, alpha: float) -> Reachable:
     """Return what `n` seeds can show with 80 % probability when paired differences have standard deviation `sd`."""
     from scipy.optimize import brentq
 
-    effect, margin = (
-        float(brentq(lambda size, chance=chance: chance(n, size, alpha) - POWER, 0.0, 1e5))
-        for chance in (direction_power, equivalence_power)
-    )
-    return Reachable(effect=effect * sd, equivalence_margin=margin * sd)
+    def smallest(chance: Callable[[int, float, float], float]) -> float:
+        return sd * float(brentq(lambda size: chance(n, size, alpha) - POWER, 0.0, 1e5))  # pyright: ignore[reportArgumentType] - a float unless full_output
+
+    return Reachable(effect=smallest(direction_power), equivalence_margin=smallest(equivalence_power))
 
 
 def seeds_needed(
@@ -157,4 +156,5 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
     if not p_values:
         return ()
-    return tuple(float(p) for p in multipletests(list(p_values), method="holm")[1])
+    _, adjusted, _, _ = multipletests(list(p_values), method="holm")
+    return tuple(float(p) for p in np.asarray(adjusted))

@@ -1,0 +1,161 @@
+"""What the records say of a claim at a look: one contrast for each seed, and every reason not to trust it yet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import correlation, fmean, stdev
+from typing import TYPE_CHECKING
+
+from core.metrics import Metrics
+from workbench.study import Claim, Look, Parameters, PlannedTrial, Term
+
+if TYPE_CHECKING:  # store imports verdict, which imports this
+    from workbench.store import StudyResults, TrialRecord
+
+_PROVENANCE = ("code_hash", "torch", "threads", "kernel", "device")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """The trials of one claim, and of the baseline, at one look.
+
+    `terms`: seed -> (T,) weighted metric of each term, for the seeds where all of them are scored; a difference is
+    their sum. The other fields name trials and variants as a reader knows them ("kept seed 3").
+    """
+
+    planned: int  # trials
+    finished: int
+    failed: tuple[str, ...]
+    diverged: tuple[str, ...]
+    unscored: tuple[str, ...]
+    terms: dict[int, tuple[float, ...]]
+    baseline_ap: float | None  # mean over its finished trials
+    still_rising: tuple[str, ...]
+    mixed: tuple[str, ...]  # provenance fields in which the trials differ
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial has come to an outcome; a failure is none, since it can be run again."""
+        return self.finished + len(self.diverged) == self.planned
+
+    @property
+    def differences(self) -> dict[int, float]:
+        """Return the contrast of each seed."""
+        return {seed: math.fsum(values) for seed, values in self.terms.items()}
+
+    @property
+    def correlation(self) -> float | None:
+        """Return the correlation of the two sides over seeds; None unless the claim has two terms and both vary."""
+        sides = list(zip(*self.terms.values(), strict=True))
+        if len(sides) != 2 or len(self.terms) < 3 or any(len(set(side)) == 1 for side in sides):
+            return None
+        plus, minus = sides
+        return correlation(plus, [-value for value in minus])
+
+
+def gather(results: StudyResults, claim: Claim, look: Look) -> Evidence:
+    """Collect the evidence for a claim from the trials that a look needs."""
+    baseline = results.plan.study.baseline
+    trials = [
+        trial
+        for trial in results.plan.at_look(look)
+        if trial.variant == baseline or trial.variant in {term.variant for term in claim.terms}
+    ]
+    records = {(trial.variant, trial.seed): results.records[trial.trial_id] for trial in trials}
+    finished = [trial for trial in trials if records[trial.variant, trial.seed].state == "finished"]
+
+    def named(state: str) -> tuple[str, ...]:
+        return tuple(_name(trial) for trial in trials if records[trial.variant, trial.seed].state == state)
+
+    terms, unscored = _contrasts(claim, finished, records)
+    return Evidence(
+        planned=len(trials),
+        finished=len(finished),
+        failed=named("failed"),
+        diverged=named("diverged"),
+        unscored=unscored,
+        terms=terms,
+        baseline_ap=_baseline_ap([trial for trial in finished if trial.variant == baseline], records),
+        still_rising=_still_rising(claim, finished, records),
+        mixed=_mixed_provenance([records[trial.variant, trial.seed] for trial in finished]),
+    )
+
+
+Records = dict[tuple[str, int], "TrialRecord"]  # by variant and seed
+
+
+def _name(trial: PlannedTrial) -> str:
+    return f"{trial.variant} seed {trial.seed}"
+
+
+def _contrasts(
+    claim: Claim, finished: list[PlannedTrial], records: Records
+) -> tuple[dict[int, tuple[float, ...]], tuple[str, ...]]:
+    """Return the weighted terms of each seed that has them all, and the finished trials without a score."""
+    cells = {(trial.variant, trial.seed): trial for trial in finished}
+    terms: dict[int, tuple[float, ...]] = {}
+    unscored: dict[str, None] = {}  # an ordered set
+    for seed in sorted({trial.seed for trial in finished}):
+        trials = [cells.get((term.variant, seed)) for term in claim.terms]
+        values: list[float] = []
+        for term, trial in zip(claim.terms, trials, strict=True):
+            value = trial and _score(records[term.variant, seed].metrics.get(trial.evaluations[term.parameters]), term)
+            if value is not None:
+                values.append(term.weight * value)
+            elif trial is not None:
+                unscored[_name(trial)] = None
+        if len(values) == len(claim.terms):
+            terms[seed] = tuple(values)
+    return terms, tuple(unscored)
+
+
+def _score(metrics: Metrics | None, term: Term) -> float | None:
+    return None if metrics is None else getattr(metrics, term.metric)
+
+
+def _baseline_ap(trials: list[PlannedTrial], records: Records) -> float | None:
+    """Return the mean AP of the baseline's finished trials, with averaged parameters where they were scored."""
+    aps: list[float] = []
+    for trial in trials:
+        parameters: Parameters = "averaged" if "averaged" in trial.evaluations else "raw"
+        metrics = records[trial.variant, trial.seed].metrics.get(trial.evaluations[parameters])
+        if metrics is not None and metrics.ap is not None:
+            aps.append(metrics.ap)
+    return fmean(aps) if aps else None
+
+
+def _still_rising(claim: Claim, finished: list[PlannedTrial], records: Records) -> tuple[str, ...]:
+    """Return the claim's variants whose curves had not flattened.
+
+    A curve still rises when the last tenth of its epochs (one at least) gained, in the mean over seeds, more than half
+    the margin and more than its standard error: a fifth more training could then move it by a difference that matters,
+    and noise alone seldom looks like that. The scores are those of the fixed subset after each epoch.
+    """
+    rising: list[str] = []
+    for variant, of_variant in groupby(sorted(finished, key=lambda trial: trial.variant), lambda trial: trial.variant):
+        term = next((term for term in claim.terms if term.variant == variant), None)
+        if term is None:
+            continue
+        trials = list(of_variant)
+        gains = [gain for t in trials if (gain := _last_gain(records[t.variant, t.seed], term)) is not None]
+        if len(gains) >= 2 and fmean(gains) > max(claim.margin / 2, stdev(gains) / math.sqrt(len(gains))):
+            rising.append(variant)
+    return tuple(rising)
+
+
+def _last_gain(record: TrialRecord, term: Term) -> float | None:
+    if len(record.epochs) < 2:
+        return None
+    tenth = max(1, len(record.epochs) // 10)
+    before, last = (
+        _score(epoch.metrics.get(term.parameters), term) for epoch in (record.epochs[-1 - tenth], record.epochs[-1])
+    )
+    return None if before is None or last is None else last - before
+
+
+def _mixed_provenance(records: list[TrialRecord]) -> tuple[str, ...]:
+    """Return the provenance fields that are not the same in all records."""
+    provenances = [record.result.get("provenance", {}) for record in records if record.result]
+    return tuple(field for field in _PROVENANCE if len({str(p.get(field)) for p in provenances}) > 1)
