@@ -1,13 +1,14 @@
 """Every toggle and hyper-parameter, as frozen pydantic models. A leaf: loads without torch.
 
-Defaults are Deformable DETR on COCO with ResNet-50 as published (arXiv:2010.04159, Table 1 and the official code),
-with every later idea off. A choice with parameters is a union tagged by `kind`; a part that may be absent is `X | None`.
-Fields marked `Operational` say how a trial is run, not what it computes: they stay out of its identity.
+Defaults are Deformable DETR on COCO with ResNet-50 as published (arXiv:2010.04159, Table 1 and the official
+code), with every later idea off. A choice with parameters is a union tagged by `kind`; a part that may be absent is
+`X | None`. Fields marked `Operational` say how a trial is run, not what it computes: they stay out of its identity.
 Rules across fields are checked here, once, in words, with the remedy.
 """
 
 import types
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -24,9 +25,6 @@ class Part(BaseModel):
     """A frozen piece of configuration that refuses unknown keys and silent conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-# ---------------------------------------------------------------------------------------------- model
 
 
 class SmallResNet(Part):
@@ -63,7 +61,8 @@ class Timm(Part):
     def _package_has_one_model(self) -> Self:
         if self.weights == "package" and self.name != "tf_efficientnet_lite0":
             raise ValueError(
-                f"weights: package fits tf_efficientnet_lite0 only, not {self.name}; name a state-dict file or set weights to null"
+                f"weights: package fits tf_efficientnet_lite0 only, not {self.name}; "
+                "name a state-dict file or set weights to null"
             )
         return self
 
@@ -97,7 +96,8 @@ class LearnedQueries(Part):
     """Content and reference are parameters, the same for every picture.
 
     `point`: the reference is a sigmoid of a linear map of a learned position (Deformable DETR).
-    `box`: the reference is a learned 4-d anchor (DAB-DETR, arXiv:2201.12329); `anchor_size` is its initial width and height.
+    `box`: the reference is a learned 4-d anchor (DAB-DETR, arXiv:2201.12329); `anchor_size` is its initial width and
+    height.
     """
 
     kind: Literal["learned"] = "learned"
@@ -107,7 +107,7 @@ class LearnedQueries(Part):
 
 
 class SelectedQueries(Part):
-    """Two-stage: the top-scoring encoder proposals become queries with box references (Deformable DETR, section 4.2)."""
+    """Two-stage: the best encoder proposals become queries with box references (Deformable DETR, section 4.2)."""
 
     kind: Literal["selected"] = "selected"
     num_queries: PositiveInt = 300
@@ -119,10 +119,11 @@ Queries = Annotated[LearnedQueries | SelectedQueries, Field(discriminator="kind"
 class Refinement(Part):
     """Iterative box refinement, as two separate choices.
 
-    `residual_base`: what the box of layer k is predicted from. `initial` is the first reference (no refinement of boxes);
-    the others are the box of layer k-1: with its gradient cut (`detached`, Deformable DETR A.4), with the gradient of one
-    step (`look_forward_twice`, DINO, arXiv:2203.03605 section 3.5), or with all of it (`kept`).
-    `sampling_reference`: where attention looks in layer k: the first reference, or the box of layer k-1, detached or kept.
+    `residual_base`: what the box of layer k is predicted from. `initial` is the first reference (no refinement of
+    boxes); the others are the box of layer k-1: with its gradient cut (`detached`, Deformable DETR A.4), with the
+    gradient of one step (`look_forward_twice`, DINO, arXiv:2203.03605 section 3.5), or with all of it (`kept`).
+    `sampling_reference`: where attention looks in layer k: the first reference, or the box of layer k-1, detached or
+    kept.
     """
 
     residual_base: Literal["initial", "detached", "look_forward_twice", "kept"] = "initial"
@@ -132,8 +133,8 @@ class Refinement(Part):
 class EncoderSupervision(Part):
     """Detection heads on the encoder's output, with a loss of their own.
 
-    `binary`: every label is 0 and proposals are ranked by channel 0 (Deformable DETR); `class_aware`: true labels, ranked
-    by the best class (DINO). `tokens`: the loss sees all valid tokens, or only the selected ones.
+    `binary`: every label is 0 and proposals are ranked by channel 0 (Deformable DETR); `class_aware`: true labels,
+    ranked by the best class (DINO). `tokens`: the loss sees all valid tokens, or only the selected ones.
     """
 
     labels: Literal["binary", "class_aware"] = "binary"
@@ -191,13 +192,15 @@ class ModelConfig(Part):
             found.append(f"hidden_dim {self.hidden_dim} is not divisible by 4, which the sine embedding needs")
         if self.num_levels < len(self.strides):
             found.append(
-                f"num_levels {self.num_levels} is below the {len(self.strides)} strides {list(self.strides)}: raise num_levels or name fewer strides"
+                f"num_levels {self.num_levels} is below the {len(self.strides)} strides {list(self.strides)}: "
+                "raise num_levels or name fewer strides"
             )
         if list(self.strides) != sorted(set(self.strides)):
             found.append(f"strides {list(self.strides)} must rise without repetition: finest level first")
         if self.query_position == "sine_of_reference" and not self.has_box_references:
             found.append(
-                "query_position sine_of_reference needs box references: set queries.reference to box, or query_position to static"
+                "query_position sine_of_reference needs box references: "
+                "set queries.reference to box, or query_position to static"
             )
         if self.queries.kind == "selected" and self.encoder_supervision is None:
             found.append(
@@ -211,9 +214,6 @@ class ModelConfig(Part):
         ):
             found.append("encoder_supervision.tokens selected needs selected queries: set tokens to all")
         return found
-
-
-# ---------------------------------------------------------------------------------------------- loss
 
 
 class Focal(Part):
@@ -254,9 +254,6 @@ class LossConfig(Part):
     auxiliary: bool = Field(default=True, description="also train the outputs of the earlier decoder layers")
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
 class Shapes(Part):
     """Pictures drawn by `core.data.shapes`: no download, known truth."""
 
@@ -290,7 +287,10 @@ Resize = Annotated[FixedSize | ShorterSide, Field(discriminator="kind")]
 
 
 class CocoFolder(Part):
-    """A folder in COCO format: `annotations/instances_{train,val}.json`, pictures in `train/` and `val/` (or COCO's own names)."""
+    """A folder in COCO format: `annotations/instances_{train,val}.json`, pictures in `train/` and `val/`.
+
+    COCO's own names (`train2017`) are understood as well.
+    """
 
     kind: Literal["coco"] = "coco"
     root: str = Field(default="", description="the folder; usually given by --data", json_schema_extra=OPERATIONAL)
@@ -317,9 +317,6 @@ class CocoFolder(Part):
 
 
 Data = Annotated[Shapes | CocoFolder, Field(discriminator="kind")]
-
-
-# ---------------------------------------------------------------------------------------------- training
 
 
 class StepDecay(Part):
@@ -391,9 +388,6 @@ class ExperimentConfig(Part):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-# ---------------------------------------------------------------------------------------------- identity
-
-
 def scientific(part: Part) -> dict[str, Any]:
     """Return the fields that decide what is computed, as plain JSON values."""
     plain: dict[str, Any] = {}
@@ -401,18 +395,19 @@ def scientific(part: Part) -> dict[str, Any]:
         if field.json_schema_extra == OPERATIONAL:
             continue
         value = getattr(part, name)
-        plain[name] = (
-            scientific(value) if isinstance(value, Part) else list(value) if isinstance(value, tuple) else value
-        )
+        if isinstance(value, Part):
+            plain[name] = scientific(value)
+        else:
+            plain[name] = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
     return plain
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested dicts into one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(cast("dict[str, Any]", value), f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -428,7 +423,7 @@ def dotted_keys(part: type[Part] = ExperimentConfig, prefix: str = "") -> list[s
     return keys
 
 
-def members(annotation: Any) -> list[type[Part]]:  # noqa: ANN401 - annotations have no common type
+def members(annotation: Any) -> list[type[Part]]:
     """Return the parts that a field's annotation allows, in the order of its union."""
     if isinstance(annotation, type) and issubclass(annotation, Part):
         return [annotation]

@@ -1,8 +1,8 @@
 """Train one detector from a config and a seed, with events, checkpoints and resumption.
 
-What a trial computes depends on its config, seed and pictures alone. Every source of chance has a stream of its own, keyed
-by the step or the picture, so nothing about generators needs saving: on a CPU a resumed trial equals an unbroken one bit
-for bit.
+What a trial computes depends on its config, seed and pictures alone. Every source of chance has a stream of its own,
+keyed by the step or the picture, so nothing about generators needs saving: on a CPU a resumed trial equals an
+unbroken one bit for bit.
 """
 
 import copy
@@ -48,19 +48,20 @@ class TrainResult:
 class Averaged:
     """An exponential moving average of weights and buffers, with the ramp (1 + t) / (10 + t) up to `decay`."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    def __init__(self, model: DetrDetector, decay: float) -> None:
+        self.model: DetrDetector = copy.deepcopy(model).requires_grad_(requires_grad=False)
         self.decay = decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards `model` after step number `step`; whole-number buffers are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        ours, theirs = self.model.state_dict(), model.state_dict()
-        moving = [name for name, value in ours.items() if value.is_floating_point()]
-        torch._foreach_lerp_([ours[name] for name in moving], [theirs[name] for name in moving], 1 - decay)  # noqa: SLF001
-        for name in ours.keys() - set(moving):
-            ours[name].copy_(theirs[name])
+        theirs = model.state_dict()
+        for name, ours in self.model.state_dict().items():
+            if ours.is_floating_point():
+                ours.lerp_(theirs[name], 1 - decay)
+            else:
+                ours.copy_(theirs[name])
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Score a detector on pictures, and keep what it predicted."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def evaluate(
 
 def _predictions(
     detector: DetrDetector, config: ExperimentConfig, data: DataSplits, indices: Sequence[int], device: torch.device
-):  # noqa: ANN202 - an iterator of (Batch, Prediction)
+) -> Iterator[tuple[Batch, Prediction]]:
     detector.eval()
     for batch in scoring_batches(data.scored, indices, config, batch_size=SCORING_BATCH):
         moved = batch.to(device)

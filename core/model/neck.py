@@ -1,4 +1,4 @@
-"""From backbone maps to a pyramid of equal width (Deformable DETR, section 4.1): 1x1 convolutions, and strided extra levels."""
+"""From backbone maps to a pyramid of equal width: 1x1 convolutions and strided extra levels (Deformable DETR, 4.1)."""
 
 import math
 
@@ -20,7 +20,8 @@ class _Projection(nn.Conv2d):
 class Neck(nn.Module):
     """One projection a level, each followed by GroupNorm.
 
-    The first extra level is a 3x3 stride-2 convolution of the last backbone map, each further one of the level before it.
+    The first extra level is a 3x3 stride-2 convolution of the last backbone map, each further one of the level before
+    it.
     """
 
     def __init__(self, *, channels: tuple[int, ...], dim: int, num_levels: int) -> None:

@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 
 from core.boxes import inverse_sigmoid
 from core.model.encoder import cell_centres
-from core.model.layers import MLP, Linear
+from core.model.layers import BoxMLP, Linear
 from core.model.position import sine_of_boxes
 from core.types import Memory, Prediction, QuerySet, Target
 
@@ -21,11 +21,13 @@ class QuerySource(Protocol):
         proposals: Prediction | None,
         targets: tuple[Target, ...] | None,
         generator: Generator | None,
-    ) -> QuerySet | None: ...
+    ) -> QuerySet | None:
+        """Return the queries of this source."""
+        ...
 
 
 class LearnedPoints(nn.Module):
-    """Learned position and content; the reference point is a sigmoid of a linear map of the position (Deformable DETR)."""
+    """Learned position and content; the reference point is a linear map of the position (Deformable DETR)."""
 
     def __init__(self, *, num_queries: int, dim: int) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class LearnedPoints(nn.Module):
 
 
 class LearnedBoxes(nn.Module):
-    """Learned content and learned 4-d anchors (DAB-DETR, arXiv:2201.12329), with a learned position where it is static."""
+    """Learned content and 4-d anchors (DAB-DETR, arXiv:2201.12329), and a learned position where it is static."""
 
     def __init__(self, *, num_queries: int, dim: int, anchor_size: float, static_position: bool) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class SelectedFromEncoder(nn.Module):
 
     frequencies: Tensor
 
-    def forward(self, memory: Memory, proposals: Prediction | None, *_: object) -> QuerySet:  # noqa: ARG002 - one signature
+    def forward(self, memory: Memory, proposals: Prediction | None, *_: object) -> QuerySet:  # noqa: ARG002
         """Return the top `num_queries` proposals of each picture."""
         if proposals is None:
             raise ValueError("selected queries need encoder heads: set model.encoder_supervision")
@@ -124,14 +126,9 @@ class EncoderHeads(nn.Module):
         self.project = Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.class_head = ClassHead(dim, num_classes)
-        self.box_mlp = MLP(dim, dim, dim, 4)
+        self.box_mlp = BoxMLP(dim)
         self.anchor_scale = anchor_scale
         self.class_agnostic = class_agnostic
-
-    def reset_parameters(self) -> None:
-        """Start the boxes at their anchors."""
-        nn.init.zeros_(self.box_mlp.layers[-1].weight)
-        nn.init.zeros_(self.box_mlp.layers[-1].bias)
 
     def forward(self, memory: Memory) -> Prediction:
         """Predict for all S tokens."""

@@ -1,4 +1,4 @@
-"""The box head, and what flows back through it: every gradient mode of iterative refinement (Deformable DETR, A.4; DINO 3.5).
+"""The box head, and what flows back through it: the gradient modes of refinement (Deformable DETR, A.4; DINO, 3.5).
 
 With r0 the first reference, d_k the head's output in layer k and b_k = sigmoid(d_k + logit(base_k)):
 
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from core.boxes import inverse_sigmoid
-from core.model.layers import MLP
+from core.model.layers import BoxMLP
 
 
 @dataclass(frozen=True, slots=True)
 class RefinementStep:
     """`boxes` (B, Q, 4) of the layer before; what the next box is predicted from; where the next layer looks."""
 
-    boxes: Tensor | None
+    boxes: Tensor
     reference: Tensor
     sampling_reference: Tensor
 
@@ -48,45 +48,27 @@ class BoxHead(nn.Module):
         bias starts so that boxes are about 0.12 of the picture wide and high.
         """
         super().__init__()
-        self.mlps = nn.ModuleList(MLP(dim, dim, dim, 4) for _ in range(num_heads))
+        self.mlps = nn.ModuleList(BoxMLP(dim) for _ in range(num_heads))
         self.residual_base = residual_base
         self.sampling_reference = sampling_reference
         self.predicts_size = predicts_size
 
     def reset_parameters(self) -> None:
-        """Start every last layer at zero: the first boxes are the references."""
+        """Start sizes that are predicted from nothing at sigmoid(-2) of the picture; all else stays at zero."""
         for index, mlp in enumerate(self.mlps):
-            last = mlp.layers[-1]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
             if self.predicts_size == "everywhere" or (self.predicts_size == "first" and index == 0):
-                nn.init.constant_(last.bias[2:], -2.0)
-
-    def start(self, reference: Tensor) -> RefinementStep:
-        """Begin at the query sets' references (B, Q, 2 or 4)."""
-        return RefinementStep(None, reference, reference)
+                nn.init.constant_(mlp.get_parameter("last.bias")[2:], -2.0)
 
     def forward(self, layer: int, hidden: Tensor, step: RefinementStep, initial: Tensor) -> RefinementStep:
         """Predict the boxes of `layer` (0 is the first) from `hidden` (B, Q, C); `initial` is r0."""
         delta = self.mlps[layer % len(self.mlps)](hidden)
         boxes = _apply(delta, step.reference)
-        match self.residual_base:
-            case "initial":
-                reference = initial
-            case "detached":
-                reference = boxes.detach()
-            case "look_forward_twice":
-                reference = _apply(delta, step.reference if layer == 0 else step.reference.detach())
-            case "kept":
-                reference = boxes
-        match self.sampling_reference:
-            case "initial":
-                sampling = initial
-            case "detached":
-                sampling = boxes.detach()
-            case "kept":
-                sampling = boxes
-        return RefinementStep(boxes, reference, sampling)
+        carried = {"initial": initial, "detached": boxes.detach(), "kept": boxes}
+        if self.residual_base == "look_forward_twice":
+            reference = _apply(delta, step.reference if layer == 0 else step.reference.detach())
+        else:
+            reference = carried[self.residual_base]
+        return RefinementStep(boxes, reference, carried[self.sampling_reference])
 
 
 def _apply(delta: Tensor, reference: Tensor) -> Tensor:
