@@ -1,0 +1,66 @@
+"""From picture files to pixels, and which files can be read at all."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from core.data.fingerprint import SplitFiles, split_fingerprint
+
+MOST_THREADS = 8
+
+Sizes = dict[str, tuple[int, int] | None]
+
+
+def decode(path: Path) -> np.ndarray | None:
+    """Return a picture (H, W, 3) uint8 RGB, or None when the file is no picture that can be read.
+
+    The EXIF orientation is ignored, as boxes in COCO format are in the coordinates of the stored pixels.
+    """
+    encoded = np.fromfile(path, np.uint8)
+    if not encoded.size:
+        return None
+    try:
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # a header that promises more pixels than cv2 accepts
+        return None
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def picture_sizes(files: SplitFiles, names: Sequence[str], *, cache: Path | None) -> Sizes:
+    """Return (height, width) by file name: None for what cannot be read; a name without a file is absent.
+
+    Every file is decoded once, so that what is left out is known before training; the answer is kept in the cache under
+    the split's fingerprint.
+    """
+    if cache is None:
+        return _decoded_sizes(files.pictures, names)
+    text = "\n".join([split_fingerprint(files), *names])
+    path = cache / f"picture-sizes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return {name: size and (size[0], size[1]) for name, size in json.loads(path.read_text())["sizes"].items()}
+    sizes = _decoded_sizes(files.pictures, names)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=cache, prefix=".picture-sizes-", delete=False) as file:
+        json.dump({"format": 1, "sizes": sizes}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+    return sizes
+
+
+def _decoded_sizes(folder: Path, names: Sequence[str]) -> Sizes:
+    present = [name for name in names if (folder / name).is_file()]
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        return dict(zip(present, pool.map(lambda name: _size(folder / name), present), strict=True))
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    image = decode(path)
+    return None if image is None else (image.shape[0], image.shape[1])

@@ -1,0 +1,189 @@
+"""Which pictures a trial sees, and whether a folder can be used at all: answered without torch, before a trial starts."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from core.config import CocoFolder, Data
+
+SHAPES_VERSION = 1
+"""Of the drawing in `core.data.shapes`: bump it when a picture or a box changes. It is here since this file loads fast."""
+
+SplitName = Literal["train", "val"]
+LAYOUT = "annotations/instances_{train,val}.json with pictures in train/ and val/, or train2017 and val2017 for both"
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+
+class DataProblem(ValueError):  # noqa: N818 - a flaw of the user's data, not of the program
+    """The pictures or annotations cannot be used. The message names the path, what was found and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitFiles:
+    """Where one split of a COCO-format folder lies."""
+
+    annotations: Path
+    pictures: Path
+
+
+def fingerprint(config: Data, *, root: Path | None) -> str:
+    """Identify the pictures: annotation files by their bytes, pictures by name and size in bytes; not by their paths.
+
+    Raises:
+        DataProblem: when a file or folder is missing.
+    """
+    if not isinstance(config, CocoFolder):
+        return f"shapes-{SHAPES_VERSION}"
+    folder = data_root(config, root)
+    digest = hashlib.sha256()
+    for split in used_splits(config):
+        digest.update(split_fingerprint(split_files(folder, split)).encode())
+    return f"coco-{digest.hexdigest()[:16]}"
+
+
+def split_fingerprint(files: SplitFiles) -> str:
+    """Identify one split, as `fingerprint` does."""
+    stat = files.annotations.stat()
+    digest = hashlib.sha256(_file_digest(files.annotations, stat.st_size, stat.st_mtime_ns).encode())
+    for name, num_bytes in sorted(_pictures(files.pictures)):
+        digest.update(f"{name}\0{num_bytes}\n".encode())
+    return digest.hexdigest()
+
+
+def check_folder(config: Data, root: Path | None) -> list[str]:
+    """Return what makes the folder unusable, one line each; an empty list when training can start."""
+    if not isinstance(config, CocoFolder):
+        return []
+    try:
+        folder = data_root(config, root)
+    except DataProblem as problem:
+        return [str(problem)]
+    problems: list[str] = []
+    categories: list[dict[int, str]] = []
+    for split in used_splits(config):
+        try:
+            categories.append(category_names(read_annotations(split_files(folder, split).annotations)))
+        except DataProblem as problem:
+            problems.append(str(problem))
+    if len(categories) == 2:
+        problems.extend(_disagreements(folder, *categories))
+    return problems
+
+
+def used_splits(config: CocoFolder) -> tuple[SplitName, ...]:
+    """Return the splits of the folder that are read: tune is a part of train."""
+    return ("train", "val") if config.split == "val" else ("train",)
+
+
+def data_root(config: CocoFolder, root: Path | None) -> Path:
+    """Return the folder of pictures; `root` goes before the configuration's own.
+
+    Raises:
+        DataProblem: when no folder is named, or it does not exist.
+    """
+    if root is None and not config.root:
+        raise DataProblem(f"this study needs a folder of pictures in COCO format ({LAYOUT}): name it with --data DIR")
+    folder = Path(config.root) if root is None else root
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise DataProblem(f"{folder}: a folder of pictures was looked for, {found} is there; name it with --data DIR")
+    return folder
+
+
+def split_files(folder: Path, split: SplitName) -> SplitFiles:
+    """Return where a split lies.
+
+    Raises:
+        DataProblem: when its annotation file or its folder of pictures is missing.
+    """
+    names = (split, f"{split}2017")
+    annotations = [folder / "annotations" / f"instances_{name}.json" for name in names]
+    pictures = [folder / name for name in names]
+    for path in annotations:
+        if path.is_file():
+            break
+    else:
+        raise DataProblem(
+            f"{annotations[0]}: no such file, nor {annotations[1].name}; --data needs a folder with {LAYOUT}"
+        )
+    for directory in pictures:
+        if directory.is_dir():
+            return SplitFiles(annotations=path, pictures=directory)
+    raise DataProblem(f"{pictures[0]}: no such folder, nor {pictures[1].name}; --data needs a folder with {LAYOUT}")
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """Read an annotation file and check its outline: three lists, of which images and categories are not empty.
+
+    Raises:
+        DataProblem: when it cannot be read, is no JSON or lacks a list.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataProblem(f"{path}: cannot be read ({error.strerror}); check the folder given by --data") from error
+    except ValueError as error:  # of JSON and of its encoding
+        raise DataProblem(
+            f"{path}: is not JSON ({error}); export it again or name another folder with --data"
+        ) from error
+    if not isinstance(raw, dict):
+        raise DataProblem(
+            f"{path}: holds a {type(raw).__name__}, not a JSON object with images, annotations, categories"
+        )
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(raw.get(key), list):
+            raise DataProblem(f"{path}: has no list '{key}', found {sorted(map(str, raw))}; COCO format needs it")
+    if not raw["images"]:
+        raise DataProblem(f"{path}: the list 'images' is empty; name another folder with --data")
+    if not category_names(raw):
+        raise DataProblem(f"{path}: the list 'categories' names no class; each entry needs an integer id and a name")
+    return raw
+
+
+def category_names(raw: dict[str, Any]) -> dict[int, str]:
+    """Return the class names by category id, in the order of the ids; the first of a repeated id holds."""
+    found: dict[int, str] = {}
+    for entry in raw["categories"]:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("name"), str):
+            found.setdefault(entry["id"], entry["name"])
+    return dict(sorted(found.items()))
+
+
+def shared_categories(folder: Path, splits: list[dict[int, str]]) -> dict[int, str]:
+    """Join the category names of the splits.
+
+    Raises:
+        DataProblem: when an id names two classes, so that labels of one split would be wrong in the other.
+    """
+    if len(splits) == 2 and (problems := _disagreements(folder, *splits)):
+        raise DataProblem("; ".join(problems))
+    return dict(sorted({key: name for names in splits for key, name in names.items()}.items()))
+
+
+def _disagreements(folder: Path, train: dict[int, str], val: dict[int, str]) -> list[str]:
+    return [
+        f"{folder}: category {key} is '{train[key]}' in train and '{val[key]}' in val; export both with the same ones"
+        for key in sorted(train.keys() & val.keys())
+        if train[key] != val[key]
+    ]
+
+
+@lru_cache(maxsize=16)
+def _file_digest(path: Path, num_bytes: int, mtime_ns: int) -> str:  # noqa: ARG001 - the arguments are the cache's key
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pictures(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield name and size of every picture below a folder; a stray note or thumbnail database changes no identity."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _pictures(Path(entry.path), f"{prefix}{entry.name}/")
+            elif Path(entry.name).suffix.lower() in PICTURE_SUFFIXES:
+                yield f"{prefix}{entry.name}", entry.stat().st_size

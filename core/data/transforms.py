@@ -1,0 +1,130 @@
+"""Geometry of pictures: resizing, the symmetries, cropping; boxes always move with the pixels. Pure functions.
+
+`augment` draws from the generator it is given and from nothing else.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from core.config import FixedSize, ShorterSide
+from core.data.pictures import Picture
+
+# DETR's multi-scale training (arXiv:2005.12872, section 4), for a shorter side of 800.
+PUBLISHED_SIDE = 800
+SCALES = tuple(range(480, 801, 32))
+SCALES_BEFORE_CROP = (400, 500, 600)
+CROP_SIDES = (384, 600)
+
+
+def resize(picture: Picture, rule: FixedSize | ShorterSide) -> Picture:
+    """Resize as the rule says."""
+    if isinstance(rule, FixedSize):
+        return resize_to(picture, height=rule.height, width=rule.width)
+    return resize_shorter(picture, rule.size, longest=rule.longest)
+
+
+def resize_to(picture: Picture, *, height: int, width: int) -> Picture:
+    """Resize to a height and width: by area when both shrink, which avoids aliasing, else bilinearly."""
+    old_height, old_width = picture.image.shape[:2]
+    if (old_height, old_width) == (height, width):
+        return picture
+    shrinks = height <= old_height and width <= old_width
+    filter_ = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    image = cv2.resize(np.ascontiguousarray(picture.image), (width, height), interpolation=filter_)
+    factor = np.array([width / old_width, height / old_height] * 2, np.float32)
+    return replace(picture, image=image, boxes_xyxy_px=picture.boxes_xyxy_px * factor)
+
+
+def resize_shorter(picture: Picture, side: int, *, longest: int | None = None) -> Picture:
+    """Resize so that the shorter side is `side`, or less where the longer one would pass `longest`."""
+    height, width = picture.image.shape[:2]
+    short, long = min(height, width), max(height, width)
+    if longest is not None and side * long > longest * short:
+        side = max(1, round(longest * short / long))
+    other = max(1, side * long // short)
+    height, width = (side, other) if height <= width else (other, side)
+    return resize_to(picture, height=height, width=width)
+
+
+def mirror(picture: Picture) -> Picture:
+    """Exchange left and right."""
+    width = picture.image.shape[1]
+    boxes = picture.boxes_xyxy_px[:, [2, 1, 0, 3]]
+    boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
+    return replace(picture, image=picture.image[:, ::-1], boxes_xyxy_px=boxes)
+
+
+def transpose(picture: Picture) -> Picture:
+    """Exchange rows and columns."""
+    return replace(
+        picture, image=picture.image.transpose(1, 0, 2), boxes_xyxy_px=picture.boxes_xyxy_px[:, [1, 0, 3, 2]]
+    )
+
+
+def symmetry(picture: Picture, number: int) -> Picture:
+    """Apply one of the eight symmetries of the square: bit 0 mirrors, bit 1 turns upside down, bit 2 transposes."""
+    if number & 1:
+        picture = mirror(picture)
+    if number & 2:
+        picture = transpose(mirror(transpose(picture)))
+    if number & 4:
+        picture = transpose(picture)
+    return picture
+
+
+def crop(picture: Picture, *, left: int, top: int, width: int, height: int) -> Picture:
+    """Cut out a rectangle; boxes are clipped to it and those with nothing inside are dropped."""
+    image = picture.image[top : top + height, left : left + width]
+    boxes = picture.boxes_xyxy_px - np.array([left, top] * 2, np.float32)
+    boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return replace(picture, image=image, boxes_xyxy_px=boxes[kept], labels=picture.labels[kept])
+
+
+def augment(
+    picture: Picture,
+    kind: Literal["none", "flip", "dihedral", "detr"],
+    *,
+    resize_rule: FixedSize | ShorterSide | None,
+    rng: np.random.Generator,
+) -> Picture:
+    """Change a picture at random; `resize_rule` gives the scale of `detr` and is not applied otherwise."""
+    match kind:
+        case "none":
+            return picture
+        case "flip":
+            return mirror(picture) if rng.random() < 0.5 else picture
+        case "dihedral":
+            height, width = picture.image.shape[:2]
+            return symmetry(picture, int(rng.integers(8 if height == width else 4)))
+        case "detr":
+            assert isinstance(resize_rule, ShorterSide)  # CocoFolder's own rule
+            return _detr(picture, resize_rule, rng)
+
+
+def _detr(picture: Picture, rule: ShorterSide, rng: np.random.Generator) -> Picture:
+    """Flip; then resize to a random scale, half of the time after a random crop of a resized picture.
+
+    The published sizes are in proportion to a shorter side of 800, so other sizes scale them.
+    """
+    if rng.random() < 0.5:
+        picture = mirror(picture)
+    if rng.random() < 0.5:
+        picture = resize_shorter(picture, _scaled(int(rng.choice(SCALES_BEFORE_CROP)), rule))
+        least, most = (_scaled(side, rule) for side in CROP_SIDES)
+        height, width = (
+            int(rng.integers(min(least, side), min(most, side), endpoint=True)) for side in picture.image.shape[:2]
+        )
+        top, left = (
+            int(rng.integers(old - new, endpoint=True))
+            for old, new in zip(picture.image.shape[:2], (height, width), strict=True)
+        )
+        picture = crop(picture, left=left, top=top, width=width, height=height)
+    return resize_shorter(picture, _scaled(int(rng.choice(SCALES)), rule), longest=rule.longest)
+
+
+def _scaled(side: int, rule: ShorterSide) -> int:
+    return max(1, round(side * rule.size / PUBLISHED_SIDE))
