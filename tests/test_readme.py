@@ -1,0 +1,60 @@
+"""What the README says is true: its study, its table of profiles, its links and those of the pages in docs/."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from core.config import flatten, scientific
+from core.metrics import NUMBER_NAMES
+from workbench.study_file import load_study, profile_names
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "studies" / "README.md"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    """The README's study as a file."""
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    file = tmp_path / "auxiliary_losses.yaml"
+    file.write_text(text, "utf-8")
+    return file
+
+
+def test_variants_differ_as_the_comments_say(path):
+    """The baseline changes nothing, and the other variant differs from it in one key."""
+    study = load_study(path)
+    baseline, other = study.variants
+    assert (study.profile, study.baseline) == ("laptop", "every_layer")
+    assert (baseline.name, baseline.overrides) == ("every_layer", {})
+    with_all, without = (flatten(scientific(variant.config)) for variant in (baseline, other))
+    assert {key for key in with_all if with_all[key] != without[key]} == {"loss.auxiliary"}
+    assert other.overrides == {"loss.auxiliary": False}
+
+
+def test_claim_is_what_the_comments_say(path):
+    """The claim compares COCO's AP as a fraction, with a margin of two points, and stops at five seeds first."""
+    study = load_study(path)
+    (claim,) = study.claims
+    assert [(term.variant, term.metric, term.weight) for term in claim.terms] == [
+        ("every_layer", "ap", 1.0),
+        ("last_layer", "ap", -1.0),
+    ]
+    assert len(NUMBER_NAMES) == 12
+    assert (claim.kind, claim.margin, study.looks[0].seeds) == ("superiority", 0.02, 5)
+    assert claim.missing == ()
+
+
+def test_profiles_of_the_table_are_those_that_exist(path):
+    """The README's table names every profile that a study can use, and no other."""
+    assert sorted(re.findall(r"^\| `(\w+)`", README, re.MULTILINE)) == profile_names(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    """Every link to a file of the repository leads to one."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
