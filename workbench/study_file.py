@@ -1,0 +1,260 @@
+"""Read a study file with its profile and the command line's choices into a `Study`, or say everything that is wrong.
+
+Precedence, lowest first: the defaults of `ExperimentConfig`, the study's `set`, the profile's `set`
+(`profiles/NAME.yaml`, then the study's own `profiles.NAME`), the variant's `set`, `--set`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from workbench import yaml12
+from workbench.claims import ClaimReader, check_margins
+from workbench.differences import check_differences
+from workbench.overrides import Assignment, Layer, Settings, apply, clashes, explain, read_layer, resolve
+from workbench.problems import Place, Problems, as_key, did_you_mean
+from workbench.study import Claim, Look, Study, Variant
+from workbench.study_schema import ProfilePart, StudyPart, read_part, seconds_of
+from workbench.yaml12 import Document, Path_
+
+SHIPPED_PROFILES = Path(__file__).resolve().parent.parent / "studies" / "profiles"
+ONE_LOOK_ALPHA = 0.05
+MOST_SEEDS = 1000
+UNREAD = {
+    "version": 1,
+    "study": "unread",
+    "question": "unread",
+    "baseline": "",
+    "scope": "seeds",
+    "variants": {"": None},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """What the command line chooses of a study; None leaves it to the profile. `sets` are KEY=VALUE texts."""
+
+    profile: str | None = None
+    data: Path | None = None
+    variants: tuple[str, ...] | None = None  # ("all",) for every variant
+    seeds: int | None = None
+    sets: tuple[str, ...] = ()
+    budget: str | None = None
+    tracking_uri: str | None = None
+
+    def profile_name(self) -> str:
+        """Return the profile: the one named, `pictures` for a folder of pictures, else `laptop`."""
+        return self.profile or ("laptop" if self.data is None else "pictures")
+
+
+def load_study(path: Path, selection: Selection | None = None) -> Study:
+    """Read a study at the scale that the selection names.
+
+    Raises:
+        StudyFileError: with every problem of the file, its profile and the selection, one a line.
+    """
+    problems = Problems()
+    study = _Loader(path, selection or Selection(), problems).load()
+    problems.raise_if_any()
+    assert study is not None  # whatever leaves it None is a problem
+    return study
+
+
+def profile_names(path: Path) -> list[str]:
+    """Return the profiles that a study file can use: those in `profiles/` beside it, and the shipped ones."""
+    folders = (path.parent / "profiles", SHIPPED_PROFILES)
+    return sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
+
+
+def profile_file(path: Path, name: str) -> Path:
+    """Return the file of a profile: beside the study file, else the shipped one."""
+    beside = path.parent / "profiles" / f"{name}.yaml"
+    return beside if beside.is_file() else SHIPPED_PROFILES / f"{name}.yaml"
+
+
+class _Loader:
+    """The steps from files to a `Study`; each tells its problems and leaves the others their chance."""
+
+    def __init__(self, path: Path, selection: Selection, problems: Problems) -> None:
+        self.path = path
+        self.selection = selection
+        self.problems = problems
+        self.profile_name = selection.profile_name()
+        self.document = yaml12.read_file(path, problems)
+        self.file, self.wrong = read_part(StudyPart, self.document, problems, stand_in=UNREAD)
+        written = self.document.value.get("variants") if isinstance(self.document.value, dict) else None
+        self.names = list(written) if isinstance(written, dict) else []  # also those that cannot be read
+
+    def load(self) -> Study | None:
+        """Return the study, or None where anything is wrong."""
+        profile, profile_document = self._profile()
+        variants, settings = self._variants(self._layers(profile_document))
+        check_differences(variants, self.file.baseline, self.document, self.problems)
+        selected = self._selected(profile)
+        claims = self._claims(profile, variants, selected)
+        looks = self._looks(profile, profile_document)
+        budget = self._budget(profile)
+        if self.problems or not looks:
+            return None
+        chosen = [variant for variant in variants if variant.name in selected]
+        chosen.sort(key=lambda variant: variant.name != self.file.baseline)
+        return Study(
+            name=self.file.study,
+            question=self.file.question,
+            path=self.path,
+            profile=self.profile_name,
+            gives_verdicts=profile.verdicts is not False,
+            baseline=self.file.baseline,
+            variants=tuple(chosen),
+            claims=claims,
+            looks=looks,
+            seeds=tuple(range(looks[-1].seeds)),
+            scope=self.file.scope,
+            budget_seconds=budget,
+            tracking_uri=self.selection.tracking_uri or profile.tracking_uri,
+            layers={variant.name: explain(variant.config, settings[variant.name]) for variant in chosen},
+        )
+
+    def _profile(self) -> tuple[ProfilePart, Document]:
+        """Return the profile's file with the study's own block laid over it, and the document of the file."""
+        known = profile_names(self.path)
+        for block, part in self.file.profiles.items():
+            at = ("profiles", block)
+            self._check_name(block, known, "profile", self.document.place(at), as_key(at))
+            check_margins(part.margins if part else {}, self.document, (*at, "margins"), self.problems)
+        document = Document(source=self.profile_name, value={})
+        if self._check_name(self.profile_name, known, "profile", Place(f"--profile {self.profile_name}")):
+            document = yaml12.read_file(profile_file(self.path, self.profile_name), self.problems)
+        file, _ = read_part(ProfilePart, document, self.problems, stand_in={})
+        check_margins(file.margins, document, ("margins",), self.problems)
+        block = self.file.profiles.get(self.profile_name) or ProfilePart()
+        laid = {name: getattr(block, name) for name in block.model_fields_set}
+        return file.model_copy(update=laid | {"margins": {**file.margins, **block.margins}}), document
+
+    def _layers(self, profile_document: Document) -> dict[str, list[Layer]]:
+        """Return the layers of each variant, lowest first; the last but one is the variant's own."""
+        study = self._layer("study", ())
+        blocks = {name: self._layer(f"profile {name}", ("profiles", name)) for name in self.file.profiles}
+        own = {name: self._layer(f"variant {name}", ("variants", name)) for name in self.file.variants}
+        scale = [read_layer(f"profile {self.profile_name}", profile_document, ("set",), self.problems)]
+        scale += [blocks[self.profile_name]] if self.profile_name in blocks else []
+        options = _read_options(self.selection.sets, self.problems)
+        for layer in (*scale, options):
+            self._check_clashes(layer, own.values())
+        return {name: [study, *scale, layer, options] for name, layer in own.items()}
+
+    def _layer(self, label: str, path: Path_) -> Layer:
+        return read_layer(label, self.document, (*path, "set"), self.problems)
+
+    def _check_clashes(self, layer: Layer, varied: Iterable[Layer]) -> None:
+        """Tell the keys that a profile or an option sets although the variants differ in them."""
+        asked = [(variant.label, item) for variant in varied for item in variant.assignments]
+        for item in layer.assignments:
+            for label, other in asked:
+                if clashes(item.key, other.key):
+                    text = f"{label} sets {other.key} ({other.place}), so {layer.label} may not: remove one of them"
+                    self.problems.add(item.place, item.key, text)
+                    break
+
+    def _variants(self, layers: dict[str, list[Layer]]) -> tuple[list[Variant], dict[str, Settings]]:
+        """Resolve every variant of the file, also those that do not run: a wrong one is wrong at every scale."""
+        variants: list[Variant] = []
+        settings: dict[str, Settings] = {}
+        for name, part in self.file.variants.items():
+            config, settings[name] = resolve(self._with_data(layers[name]), self.problems)
+            if config:
+                why, overrides = (part.why if part else ""), layers[name][-2].asked()
+                variants.append(Variant(name=name, why=why, overrides=overrides, config=config))
+        return variants, settings
+
+    def _with_data(self, layers: list[Layer]) -> list[Layer]:
+        """Append the folder of `--data`, which drawn pictures have no use for."""
+        folder = self.selection.data
+        if folder is None:
+            return layers
+        place = Place(f"--data {folder}")
+        if apply(layers)["data.kind"].value == "shapes":
+            self.problems.add(place, "", f"profile {self.profile_name} draws its pictures: drop --profile or --data")
+            return layers
+        root = Assignment(key="data.root", value=str(folder.expanduser().resolve()), place=place)
+        return [*layers, Layer(label=str(place), place=place, assignments=(root,))]
+
+    def _selected(self, profile: ProfilePart) -> set[str]:
+        """Return the variants that run: those asked for and the baseline, which every comparison needs."""
+        baseline = self.file.baseline
+        if ("baseline",) not in self.wrong and ("baseline",) in self.document.keys:
+            self._check_name(baseline, self.names, "variant", self.document.value_place(("baseline",)), "baseline")
+        for block, part in self.file.profiles.items():
+            for position, name in enumerate(part.variants or [] if part else []):
+                at = ("profiles", block, "variants", position)
+                self._check_name(name, self.names, "variant", self.document.value_place(at), as_key(at))
+        asked = profile.variants if self.selection.variants is None else self.selection.variants
+        for name in self.selection.variants or ():
+            if name != "all":
+                self._check_name(name, self.names, "variant", Place(f"--variants {name}"))
+        return set(self.names) if asked is None or "all" in asked else {baseline, *asked}
+
+    def _check_name(self, name: str, known: list[str], what: str, place: Place, key: str = "") -> bool:
+        """Tell a name that is not among the known ones; say whether it is."""
+        if name not in known and known:
+            text = f"no such {what}: {name!r}; {did_you_mean(name, known)}there are: {', '.join(known)}"
+            self.problems.add(place, key, text)
+        return name in known
+
+    def _claims(self, profile: ProfilePart, variants: list[Variant], selected: set[str]) -> tuple[Claim, ...]:
+        reader = ClaimReader(
+            document=self.document,
+            problems=self.problems,
+            names=self.names,
+            variants={variant.name: variant for variant in variants},
+            selected=selected,
+            margins=profile.margins,
+        )
+        num_written = len(self.file.claims) + sum(path[0] == "claims" and len(path) > 1 for path in self.wrong)
+        positions = (position for position in range(num_written) if ("claims", position) not in self.wrong)
+        return reader.read(zip(positions, self.file.claims, strict=True))
+
+    def _looks(self, profile: ProfilePart, profile_document: Document) -> tuple[Look, ...]:
+        """Return the planned looks: one of `--seeds` seeds, else the profile's."""
+        asked = self.selection.seeds
+        if asked is not None:
+            if not 1 <= asked <= MOST_SEEDS:
+                self.problems.add(Place(f"--seeds {asked}"), "", f"allowed: 1 to {MOST_SEEDS}")
+            return (Look(seeds=asked, alpha=ONE_LOOK_ALPHA),)
+        looks = profile.looks
+        block = self.file.profiles.get(self.profile_name)
+        own = block is not None and block.looks is not None
+        at: Path_ = ("profiles", self.profile_name, "looks") if own else ("looks",)
+        place = (self.document if own else profile_document).place(at)
+        if looks is None:
+            self.problems.add(place, "looks", "the profile plans no looks: add them, or give --seeds N")
+            return ()
+        if len(looks.seeds) != len(looks.alpha) or sorted(set(looks.seeds)) != looks.seeds:
+            self.problems.add(place, as_key(at), "needs rising numbers of seeds, and one alpha for each")
+        return tuple(Look(seeds=seeds, alpha=alpha) for seeds, alpha in zip(looks.seeds, looks.alpha, strict=False))
+
+    def _budget(self, profile: ProfilePart) -> float | None:
+        if self.selection.budget is None:
+            return profile.budget
+        try:
+            return seconds_of(self.selection.budget)
+        except ValueError as error:
+            self.problems.add(Place(f"--budget {self.selection.budget}"), "", str(error))
+            return None
+
+
+def _read_options(sets: Iterable[str], problems: Problems) -> Layer:
+    """Return the layer of the `--set` options; their values are read as YAML."""
+    found: list[Assignment] = []
+    for text in sets:
+        place = Place(f"--set {text}")
+        key, equals, value = text.partition("=")
+        told = Problems()
+        read = yaml12.read_text(value, str(place), told)
+        if not equals or not key or told:
+            reason = told.lines()[0].removeprefix(f"{place}").lstrip(":0123456789 ") if equals and told else ""
+            problems.add(place, "", reason or "must have the form KEY=VALUE")
+            continue
+        option = Document(source=str(place), value={"set": {key: read.value}}, keys={(): place})
+        found += read_layer("--set", option, ("set",), problems).assignments
+    return Layer(label="--set", place=Place("--set"), assignments=tuple(found))

@@ -1,0 +1,224 @@
+"""The form of a study file and of a profile: pydantic models, how documents are read by them, the schema for editors.
+
+What names refer to and what values lead to is checked in `study_file`.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import ErrorDetails
+
+from core.config import ExperimentConfig, dotted_keys
+from core.metrics import NUMBER_NAMES
+from workbench.problems import Problems, as_key, in_words, shown
+from workbench.yaml12 import Document, Path_
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+Overrides = dict[str, Any]  # keys of ExperimentConfig, dotted or nested
+Metric = Annotated[
+    str, Field(description="a COCO number, as a fraction", json_schema_extra={"enum": list(NUMBER_NAMES)})
+]
+Margin = Annotated[
+    float, Field(gt=0, allow_inf_nan=False, description="smallest difference that matters; AP .02, not 2")
+]
+
+
+def seconds_of(duration: object) -> float:
+    """Return a duration in seconds: 90, "90s", "10m", "1h30m", "2d". Raises ValueError for anything else."""
+    text = str(duration)
+    parts = re.fullmatch(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", text)
+    if isinstance(duration, bool) or parts is None or not text:
+        raise ValueError(f"found {shown(duration)}; allowed: a duration such as 90s, 10m, 1h30m or 2d")
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(seconds_of),
+    WithJsonSchema({"type": ["string", "integer"], "description": "seconds, or 90s, 10m, 1h30m, 2d"}),
+]
+
+
+class FilePart(BaseModel):
+    """A mapping of a study file: refuses unknown keys and silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class VariantPart(FilePart):
+    """One way to build or train the detector, as differences to the base."""
+
+    why: str = ""
+    set: Overrides = {}
+
+
+class TermPart(FilePart):
+    """One addend of a contrast: weight times the metric of a variant."""
+
+    variant: str
+    metric: Metric | None = Field(default=None, description="null: the claim's metric")
+    weight: float = Field(allow_inf_nan=False)
+    parameters: Literal["averaged", "raw"] | None = Field(
+        default=None, description="averaged or raw weights; null: the variant's evaluation.parameters"
+    )
+
+
+class ClaimPart(FilePart):
+    """A statement declared before the runs. `plus` and `minus` name two variants; `terms` spell any contrast out."""
+
+    id: Name
+    text: str = Field(min_length=1)
+    plus: str | None = None
+    minus: str | None = None
+    terms: list[TermPart] | None = None
+    metric: Metric | None = None
+    parameters: Literal["averaged", "raw"] | None = None
+    kind: Literal["superiority", "equivalence"]
+    margin: Margin | None = Field(default=None, description="null: the profile's margin for the metric")
+    family: str | None = Field(default=None, description="claims whose errors are controlled together")
+
+
+class LooksPart(FilePart):
+    """The planned numbers of seeds at which verdicts may be given, and the share of alpha spent at each."""
+
+    seeds: list[Annotated[int, Field(ge=1, le=1000)]] = Field(min_length=1)
+    alpha: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
+
+
+class ProfilePart(FilePart):
+    """A scale: `studies/profiles/NAME.yaml`, or a study's own `profiles.NAME`, which is laid over that file."""
+
+    why: str = ""
+    verdicts: bool | None = Field(default=None, description="false: plumbing only, never a verdict")
+    variants: list[str] | None = Field(default=None, description="those that run; null: all")
+    looks: LooksPart | None = None
+    margins: dict[str, Margin] = Field(default={}, json_schema_extra={"propertyNames": {"enum": list(NUMBER_NAMES)}})
+    budget: Duration | None = None
+    tracking_uri: str | None = None
+    set: Overrides = {}
+
+
+class StudyPart(FilePart):
+    """One question, its variants and its claims."""
+
+    version: Literal[1]
+    study: Name
+    question: str = Field(min_length=1)
+    why: str = ""
+    set: Overrides = {}
+    baseline: str = Field(description="the variant that the others are compared to")
+    variants: dict[str, VariantPart | None] = Field(min_length=1)
+    claims: list[ClaimPart] = []
+    scope: Literal["seeds"] = Field(description="what the verdict generalises over: seeds, on this validation set")
+    profiles: dict[str, ProfilePart | None] = {}
+
+
+PartT = TypeVar("PartT", bound=FilePart)
+
+ENTRIES: dict[str, type[FilePart]] = {"variants": VariantPart, "claims": ClaimPart, "profiles": ProfilePart}
+"""The sections whose entries are judged one by one: a wrong one does not hide what is wrong with the others."""
+_INNER: dict[int | str, type[FilePart]] = {**ENTRIES, "terms": TermPart}
+
+
+def read_part(
+    model: type[PartT], document: Document, problems: Problems, *, stand_in: dict[str, Any]
+) -> tuple[PartT, set[Path_]]:
+    """Read a whole document as `model`; return it with the paths of the entries that were wrong and are left out.
+
+    Every problem of form is told. `stand_in` takes the place of what is required and cannot be read.
+    """
+    tree = document.value
+    if not isinstance(tree, dict):
+        if document.values:
+            problems.add(document.place(()), "", "the file must hold a mapping of keys")
+        return model.model_validate(stand_in), set()
+    try:
+        return model.model_validate(tree), set()
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    for detail in details:
+        _tell(model, detail, document, problems)
+    wrong = {_entry(detail["loc"]) for detail in details}
+    sound = {key: _sound(key, value, wrong) for key, value in tree.items() if (key,) not in wrong}
+    return model.model_validate(stand_in | {key: value for key, value in sound.items() if value != {}}), wrong
+
+
+def _entry(loc: Path_) -> Path_:
+    """Return the path of what is left out for an error: one variant, claim or profile, else a whole key."""
+    return loc[:2] if loc[0] in ENTRIES else loc[:1]
+
+
+def _sound(section: str, value: Any, wrong: set[Path_]) -> Any:
+    """Return a section without its wrong entries."""
+    if section in ENTRIES and isinstance(value, dict):
+        return {key: entry for key, entry in value.items() if (section, key) not in wrong}
+    if section in ENTRIES and isinstance(value, list):
+        return [entry for position, entry in enumerate(value) if (section, position) not in wrong]
+    return value
+
+
+def _tell(model: type[FilePart], detail: ErrorDetails, document: Document, problems: Problems) -> None:
+    path = detail["loc"]
+    if detail["type"] == "missing":
+        if path not in document.keys:  # else its value was refused, and that is told
+            problems.add(document.place(path[:-1]), as_key(path), "is missing")
+        return
+    unknown = detail["type"] == "extra_forbidden"
+    place = document.place(path) if unknown else document.value_place(path)
+    problems.add(place, as_key(path), in_words(detail, _keys_beside(model, path)))
+
+
+def _keys_beside(model: type[FilePart], path: Path_) -> list[str]:
+    """Return the keys that the mapping around `path` may have."""
+    names = iter(path[:-1])
+    for name in names:
+        if name == "looks":
+            model = LooksPart
+        elif name in _INNER:
+            model = _INNER[name]
+            next(names, None)  # the entry's own name or position
+    return list(model.model_fields)
+
+
+class _Partial(GenerateJsonSchema):
+    """A mapping that sets some keys of a part fits several members of a union: `anyOf`, not `oneOf`."""
+
+    def tagged_union_schema(self, schema: Any) -> JsonSchemaValue:
+        plain = super().tagged_union_schema(schema)
+        return {"anyOf": plain["oneOf"]} if "oneOf" in plain else plain
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a study file. Under `set` it completes and checks every key of the configuration."""
+    template = "#/$defs/{model}"
+    study = TypeAdapter(StudyPart).json_schema(ref_template=template)
+    parts = TypeAdapter(ExperimentConfig).json_schema(ref_template=template, schema_generator=_Partial)
+    definitions = {**parts.pop("$defs"), **study.pop("$defs")}
+    overrides = {key: found for key in dotted_keys() if (found := _schema_at(key.split("."), parts, definitions))}
+    definitions["Overrides"] = {"type": "object", "additionalProperties": False, "properties": overrides}
+    for part in (study, definitions["VariantPart"], definitions["ProfilePart"]):
+        part["properties"]["set"] = {"$ref": "#/$defs/Overrides"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **study, "$defs": definitions}
+
+
+def schema_text() -> str:
+    """Return the JSON schema as the text of `studies/study.schema.json`."""
+    return json.dumps(json_schema(), indent=1, sort_keys=True) + "\n"
+
+
+def _schema_at(path: list[str], schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return what a dotted key may be set to, in any member of the unions that it passes."""
+    if not path:
+        return {key: value for key, value in schema.items() if key not in ("default", "operational")}
+    options = [schema, *schema.get("anyOf", []), *schema.get("allOf", [])]
+    found: list[dict[str, Any]] = []
+    for option in options:
+        part = definitions[option["$ref"].rsplit("/", 1)[-1]] if "$ref" in option else option
+        if path[0] in part.get("properties", {}):
+            here = _schema_at(path[1:], part["properties"][path[0]], definitions)
+            found += [here] if here and here not in found else []
+    return found[0] if len(found) == 1 else {"anyOf": found} if found else {}
