@@ -1,12 +1,33 @@
-"""The only reader and writer of the runs folder. (types first; functions follow)"""
+"""The only reader and writer of the runs folder: it owns every path in it.
 
-from dataclasses import dataclass
-from typing import Any, Literal
+    trials/<trial_id>/   spec.json  attempts/  events.jsonl  checkpoints/  evaluations/<eval_id>/{metrics.json,
+                         predictions.parquet}  and, last of all, result.json or error.json
+    studies/<study>/<profile>/<plan_hash>/   plan.json  study.yaml  registered.json  looks.json  verdicts.json
+                         mlflow.json  and what reports and Ray write
+    index/   cache/   mlflow.db   mlartifacts/
 
-from core.events import EpochFinished
+The state of a trial is derived from its files, so there is nothing to keep in step with them.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.events import EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
-from workbench.study import Plan
+from workbench import attempts, durable
+from workbench.errors import BusyError, StoreError
+from workbench.processes import Process
+from workbench.study import Claim, Plan
 from workbench.verdict import Verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TrialState = Literal["pending", "running", "finished", "failed", "diverged", "interrupted"]
 
@@ -38,3 +59,285 @@ class StudyResults:
     looks_started: int
     post_hoc: frozenset[str]  # claims first registered after a trial of theirs had finished
     mlflow: dict[str, Any] | None  # {"tracking_uri", "experiment_id", "parent_run_id", "runs": {trial_id: run_id}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyRef:
+    """A registered plan: `path` is its folder, `registered_at` the time (UTC, ISO 8601) of its first registration."""
+
+    study: str
+    profile: str
+    plan_hash: str
+    registered_at: str
+    path: Path
+
+
+class Store:
+    """A runs folder. `create=False` only reads, and takes a folder that is not there for an empty one.
+
+    Raises:
+        StoreError: `runs` is a file, or cannot be written although `create` asks for it.
+    """
+
+    def __init__(self, runs: Path, *, create: bool = True) -> None:
+        self.root = runs.absolute()
+        for place in (self.root, *self.root.parents):
+            if place.exists() and not place.is_dir():
+                raise StoreError(f"--runs {runs}: {place} is a file; name a folder, or a place where one can be made")
+        if create:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"--runs {runs}: cannot be created ({error.strerror}); name another folder") from error
+            if not os.access(self.root, os.W_OK | os.X_OK):
+                raise StoreError(f"--runs {runs}: cannot be written; name another folder or change its permissions")
+        self._readers: dict[str, durable.EventReader] = {}
+
+    # Paths
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where data sets keep what they can rebuild."""
+        return self.root / "cache"
+
+    @property
+    def index_dir(self) -> Path:
+        """Where histories are kept as parquet; everything in it can be rebuilt."""
+        return self.root / "index"
+
+    @property
+    def mlflow_database(self) -> Path:
+        """The embedded MLflow database."""
+        return self.root / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """The artifacts of the embedded MLflow."""
+        return self.root / "mlartifacts"
+
+    def trial_dir(self, trial_id: str) -> Path:
+        """Return the folder of a trial."""
+        return self.root / "trials" / trial_id
+
+    def evaluation_dir(self, trial_id: str, eval_id: str) -> Path:
+        """Return the folder of an evaluation of a trial's last checkpoint."""
+        return self.trial_dir(trial_id) / "evaluations" / eval_id
+
+    def predictions(self, trial_id: str, eval_id: str) -> Path:
+        """Return the file of an evaluation's predictions: columns as in `docs/records.md`."""
+        return self.evaluation_dir(trial_id, eval_id) / "predictions.parquet"
+
+    def study_dir(self, plan: Plan) -> Path:
+        """Return the folder of a plan, registered or not."""
+        return self.root / "studies" / plan.study.name / plan.study.profile / plan.plan_hash
+
+    # Studies
+
+    def register(self, plan: Plan, *, source: str) -> StudyRef:
+        """Keep a plan and the text of its study file, once; later calls with the same plan change nothing.
+
+        The time of the first registration is kept: a claim registered after a trial of its own finished is post hoc.
+        """
+        from workbench.plan import plan_to_json
+
+        folder = self.study_dir(plan)
+        if durable.read_json(folder / "plan.json") is None:
+            durable.write_text(folder / "study.yaml", source)
+            durable.write_json(folder / "plan.json", plan_to_json(plan))
+        durable.create_json(folder / "registered.json", {"registered_at": durable.now()})
+        found = self._ref(folder)
+        if found is None:
+            raise StoreError(f"{folder / 'registered.json'} is damaged: remove it and run the study again")
+        return found
+
+    def studies(self) -> tuple[StudyRef, ...]:
+        """Return the registered plans, newest first."""
+        found = [self._ref(path.parent) for path in (self.root / "studies").glob("*/*/*/plan.json")]
+        return tuple(sorted((ref for ref in found if ref), key=lambda ref: ref.registered_at, reverse=True))
+
+    def results(self, ref: StudyRef) -> StudyResults:
+        """Return a registered plan with all that is known of it.
+
+        Raises:
+            StoreError: its plan.json cannot be read.
+        """
+        from workbench.plan import plan_from_json
+
+        plain = durable.read_json(ref.path / "plan.json")
+        if plain is None:
+            raise StoreError(f"{ref.path / 'plan.json'} is missing or damaged: run the study again to write it")
+        return self.results_for(plan_from_json(plain))
+
+    def results_for(self, plan: Plan) -> StudyResults:
+        """Return what is known of a plan's trials, also when the plan was never registered."""
+        folder = self.study_dir(plan)
+        records = {trial_id: self.record(trial_id) for trial_id in plan.specs}
+        verdicts = durable.read_json(folder / "verdicts.json") or {"verdicts": []}
+        mirrored = durable.read_json(folder / "mlflow.json")
+        return StudyResults(
+            plan=plan,
+            records=records,
+            verdicts=tuple(_verdict_from_json(verdict) for verdict in verdicts["verdicts"]),
+            looks_started=len((durable.read_json(folder / "looks.json") or {"looks": []})["looks"]),
+            post_hoc=self._post_hoc(plan, records),
+            mlflow=mirrored and {key: value for key, value in mirrored.items() if key != "format"},
+        )
+
+    def start_look(self, ref: StudyRef, number: int) -> None:
+        """Record that the trials of look `number` (1 is the first), and so of all before it, are to be run."""
+        path = ref.path / "looks.json"
+        looks = (durable.read_json(path) or {"looks": []})["looks"]
+        if len(looks) < number:
+            looks += [{"started_at": durable.now()}] * (number - len(looks))
+            durable.write_json(path, {"looks": looks})
+
+    def save_verdicts(self, ref: StudyRef, verdicts: tuple[Verdict, ...]) -> None:
+        """Keep the verdicts; the file changes only when they do."""
+        path, plain = ref.path / "verdicts.json", json.loads(json.dumps([asdict(verdict) for verdict in verdicts]))
+        stored = durable.read_json(path)
+        if stored is None or stored["verdicts"] != plain:
+            durable.write_json(path, {"judged_at": durable.now(), "verdicts": plain})
+
+    @contextmanager
+    def lock(self, ref: StudyRef) -> Iterator[None]:
+        """Hold a study for this driver; the operating system lets go when the process ends, however it ends.
+
+        Raises:
+            BusyError: another driver runs this plan.
+        """
+        with (ref.path / "driver.lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise BusyError(
+                    f"{ref.study} ({ref.profile}) is being run by {file.read().strip() or 'another process'}; "
+                    "wait for it, or see it with `python -m workbench status`"
+                ) from None
+            file.truncate(0)
+            file.write(f"{Process.current()} since {durable.now()}\n")
+            file.flush()
+            yield
+            file.truncate(0)
+
+    # Trials
+
+    def record(self, trial_id: str) -> TrialRecord:
+        """Return all that is known of a trial; a pending one has no folder."""
+        folder = self.trial_dir(trial_id)
+        tried = attempts.read(folder)
+        result, error = self.result(trial_id), durable.read_json(folder / "error.json")
+        events = self.events(trial_id)
+        epochs = {item.event.epoch: item.event for item in events if isinstance(item.event, EpochFinished)}
+        progress = [item.event for item in events if isinstance(item.event, StepsTaken | EpochFinished)]
+        totals = [item.event.total_steps for item in events if isinstance(item.event, TrainingStarted)]
+        return TrialRecord(
+            trial_id=trial_id,
+            state=_state(folder, tried, result, error),
+            attempts=len(tried),
+            seconds=result["seconds"] if result else max((event.seconds for event in progress), default=0.0),
+            total_seconds=sum(attempt.seconds for attempt in tried),
+            step=max((item.event.step for item in events), default=0),
+            total_steps=totals[-1] if totals else None,
+            epochs=tuple(epochs[number] for number in sorted(epochs)),
+            metrics=self._metrics(folder) if result else {},
+            result=result,
+            error=error,
+        )
+
+    def state(self, trial_id: str) -> TrialState:
+        """Return a trial's state without reading its events."""
+        folder = self.trial_dir(trial_id)
+        return _state(folder, attempts.read(folder), self.result(trial_id), durable.read_json(folder / "error.json"))
+
+    def result(self, trial_id: str) -> dict[str, Any] | None:
+        """Return a trial's result.json; None unless it is whole and says finished or diverged."""
+        plain = durable.read_json(self.trial_dir(trial_id) / "result.json")
+        if plain is None or plain.get("trial_id") != trial_id or "finished_at" not in plain:
+            return None
+        return plain if plain.get("outcome") in ("finished", "diverged") else None
+
+    def reader(self, trial_id: str) -> durable.EventReader:
+        """Return a new reader of a trial's events."""
+        return durable.EventReader(self.trial_dir(trial_id) / "events.jsonl")
+
+    def events(self, trial_id: str) -> list[durable.StampedEvent]:
+        """Return the events of a trial that count, oldest first."""
+        reader = self._readers.setdefault(trial_id, self.reader(trial_id))
+        reader.poll()
+        return reader.events
+
+    def history(self, results: StudyResults) -> "pd.DataFrame":
+        """Return the curves of a study's trials as a tidy table; see `workbench.index`."""
+        from workbench.index import history  # pandas takes half a second that status must not pay
+
+        return history(self, results)
+
+    def _metrics(self, folder: Path) -> dict[str, Metrics]:
+        found: dict[str, Metrics] = {}
+        for path in folder.glob("evaluations/*/metrics.json"):
+            plain = durable.read_json(path)
+            if plain is not None:
+                found[path.parent.name] = Metrics.from_json(plain["metrics"])
+        return found
+
+    def _ref(self, folder: Path) -> StudyRef | None:
+        plain = durable.read_json(folder / "registered.json")
+        if plain is None:
+            return None
+        study, profile, plan_hash = folder.parts[-3:]
+        return StudyRef(
+            study=study, profile=profile, plan_hash=plan_hash, registered_at=plain["registered_at"], path=folder
+        )
+
+    def _post_hoc(self, plan: Plan, records: dict[str, TrialRecord]) -> frozenset[str]:
+        """Name the claims first registered, in any plan of this study and profile, after a trial had finished."""
+        from workbench.plan import plan_from_json
+
+        registered: dict[str, str] = {}
+        folder = self.study_dir(plan)
+        for path in folder.parent.glob("*/plan.json"):
+            ref, plain = self._ref(path.parent), durable.read_json(path)
+            for claim in plan_from_json(plain).study.claims if ref and plain else ():
+                key = _identity(claim)
+                registered[key] = min(ref.registered_at, registered.get(key, ref.registered_at)) if ref else ""
+        late: set[str] = set()
+        for claim in plan.study.claims:
+            variants = {term.variant for term in claim.terms}
+            first = registered.get(_identity(claim), durable.now())
+            finished = [
+                result["finished_at"]
+                for trial in plan.trials
+                if trial.variant in variants and (result := records[trial.trial_id].result)
+            ]
+            if any(time < first for time in finished):
+                late.add(claim.id)
+        return frozenset(late)
+
+
+def _identity(claim: Claim) -> str:
+    """What makes a claim the same claim: its contrast, kind and margin, not its wording."""
+    return json.dumps([claim.kind, claim.margin, [asdict(term) for term in claim.terms]], sort_keys=True)
+
+
+def _state(
+    folder: Path,
+    tried: tuple[attempts.Attempt, ...],
+    result: dict[str, Any] | None,
+    error: dict[str, Any] | None,
+) -> TrialState:
+    if result is not None:
+        return result["outcome"]
+    if tried and tried[-1].running(folder):
+        return "running"
+    if error is not None:
+        return "failed"
+    return "interrupted" if tried else "pending"
+
+
+def _verdict_from_json(plain: dict[str, Any]) -> Verdict:
+    known = {item.name for item in fields(Verdict)}
+    values = {key: value for key, value in plain.items() if key in known}
+    values["differences"] = {int(seed): value for seed, value in plain["differences"].items()}
+    values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return Verdict(**values)

@@ -1,0 +1,116 @@
+"""What every executor is given, the inline one, and stopping in good order."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from workbench import provenance
+from workbench.errors import WorkbenchError
+from workbench.processes import Process
+from workbench.study import TrialSpec
+from workbench.trial import execute
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM, passed on to the workers as a file: they finish their step, write a checkpoint and end.
+
+    A second signal ends the driver at once.
+    """
+
+    def __init__(self, path: Path, *, announce: Callable[[str], None]) -> None:
+        self.path = path
+        self.signal: int | None = None
+        self._announce = announce
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals within the block; only a main thread can, and in others they keep their meaning."""
+        self.path.unlink(missing_ok=True)
+        earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.install()
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in earlier.items():
+                    signal.signal(number, handler)
+            self.path.unlink(missing_ok=True)
+
+    def install(self) -> None:
+        """Take the signals, again where a library has taken them since."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._handle)
+
+    def requested(self) -> bool:
+        """Tell whether the driver is to stop."""
+        return self.signal is not None
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        self.path.touch()
+        self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Trials to run now, in this order, and where."""
+
+    specs: tuple[TrialSpec, ...]
+    runs: Path
+    folder: Path  # of the study: for the executor's own files
+    stop: StopRequest
+    resources: "Resources"
+    address: str | None = None  # of a Ray cluster; None: this machine
+    driver: Process = field(default_factory=Process.current)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What this machine has for a study, and what each trial takes of it."""
+
+    cores: int
+    gpus: tuple[str, ...]
+    threads: int  # a trial
+    device: str  # of every trial
+
+    @property
+    def concurrency(self) -> int:
+        """How many trials run at once, so that threads never outnumber the cores."""
+        by_cores = self.cores // self.threads
+        return min(by_cores, len(self.gpus)) if self.device == "cuda" else by_cores
+
+
+def resources_for(specs: tuple[TrialSpec, ...]) -> Resources:
+    """Return what trials on this machine get. Drawn pictures stay on the CPU, where numbers repeat bit for bit.
+
+    Raises:
+        WorkbenchError: a trial asks for more threads than there are cores.
+    """
+    cores, gpus = provenance.available_cores(), provenance.visible_gpus()
+    threads = max((spec.config.training.threads for spec in specs), default=1)
+    if threads > cores:
+        raise WorkbenchError(
+            f"training.threads is {threads}, and this machine gives {cores} cores to the run: "
+            f"set training.threads to {cores} or less"
+        )
+    on_gpu = bool(gpus) and any(spec.config.data.kind == "coco" for spec in specs)
+    return Resources(cores=cores, gpus=gpus, threads=threads, device="cuda" if on_gpu else "cpu")
+
+
+def run_inline(job: Job) -> None:
+    """Run the trials one after another in this process: nothing to start, and a debugger works."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(job.resources.threads))
+    for spec in job.specs:
+        if job.stop.requested():
+            return
+        execute(spec, job.runs, should_stop=job.stop.requested, device=job.resources.device, driver=job.driver)

@@ -1,0 +1,111 @@
+"""Where numbers come from: code, versions and hardware. Stored with every result, outside a trial's identity."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import core
+
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "pycocotools", "opencv-python-headless", "pydantic")
+
+
+def collect(*, threads: int, device: str) -> dict[str, Any]:
+    """Return what a result of this process depends on, as plain JSON values."""
+    revision, dirty = git()
+    return {
+        "git_revision": revision,
+        "git_dirty": dirty,
+        "code_hash": code_hash(),
+        "kernel": "torch",  # the only implementation of deformable attention so far
+        "torch": _version("torch"),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": available_cores(),
+        "gpus": list(visible_gpus()) if device != "cpu" else [],
+        "threads": threads,
+        "device": device,
+    }
+
+
+@cache
+def code_hash() -> str:
+    """Return a hash of all Python files of `core`: two results with the same hash ran the same detector code."""
+    folder = Path(core.__path__[0])
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+@cache
+def git() -> tuple[str | None, bool | None]:
+    """Return the revision of the working tree that `core` lies in, and whether it has changes; None without git."""
+    revision = _git("rev-parse", "HEAD")
+    if revision is None:
+        return None, None
+    status = _git("status", "--porcelain")
+    return revision, None if status is None else bool(status)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: its affinity, within the container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+@cache
+def visible_gpus() -> tuple[str, ...]:
+    """Return the names of the GPUs that a trial may use, without importing torch."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown in ("", "-1") or shutil.which("nvidia-smi") is None:
+        return ()
+    names = _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    found = tuple(names.splitlines()) if names else ()
+    return found if shown is None else found[: len(shown.split(","))]
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(core.__path__[0])
+    if (
+        shutil.which("git") is None
+        or _run("git", "-C", str(folder), "ls-files", "--error-unmatch", "config.py") is None
+    ):
+        return None  # no git, or an installed copy that only happens to lie inside some working tree
+    return _run("git", "-C", str(folder), *arguments)
+
+
+def _run(*command: str) -> str | None:
+    """Return what a short command prints, or None when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,172 @@
+"""Trials as processes under Ray Tune, on this machine or a cluster. The only importer of ray.
+
+Ray places processes and notices their death; it is not the record. Every call builds a fresh Tuner over one grid axis,
+the trials; each resumes from its own checkpoint. Processes are not reused: a number must not depend on what ran before it.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from workbench.errors import WorkbenchError
+from workbench.execution import Job
+from workbench.processes import Process
+from workbench.store import Store
+from workbench.study import TrialSpec
+from workbench.trial import execute
+
+GRACE_SECONDS = 60.0
+"""How long trials may take to finish a step and write a checkpoint once a stop is asked for."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run_on_ray(job: Job) -> None:
+    """Run the trials as processes, as many at once as the cores allow; returns when all have ended or a stop was asked.
+
+    Raises:
+        WorkbenchError: the cluster can never satisfy what a trial asks for (Ray itself would wait for ever).
+    """
+    folder = job.folder / "ray"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    with _output_to(folder / "ray.log"):
+        _start(job)
+        try:
+            job.stop.install()  # Ray has taken SIGTERM, and would abort
+            _check_resources(job)
+            _fit(job, folder)
+        finally:
+            ray.shutdown()
+
+
+def _start(job: Job) -> None:
+    if job.address is not None:
+        ray.init(address=job.address, logging_level=logging.ERROR, log_to_driver=False)
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, bound to loopback
+    ray.init(
+        address="local",
+        num_cpus=job.resources.cores,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        object_store_memory=100 * 1024**2,
+    )
+
+
+def _check_resources(job: Job) -> None:
+    wanted, available = _per_trial(job), ray.cluster_resources()
+    for name, ray_name in (("cpu", "CPU"), ("gpu", "GPU")):
+        if wanted[name] > available.get(ray_name, 0):
+            raise WorkbenchError(
+                f"a trial asks for {wanted[name]} {ray_name}, and Ray offers {available.get(ray_name, 0):g}: "
+                "lower training.threads, or name a cluster with --address"
+            )
+
+
+def _per_trial(job: Job) -> dict[str, float]:
+    return {"cpu": job.resources.threads, "gpu": 1 if job.resources.device == "cuda" else 0}
+
+
+def _fit(job: Job, folder: Path) -> None:
+    trainable = tune.with_parameters(
+        _run_trial,
+        specs={spec.trial_id: spec for spec in job.specs},
+        runs=job.runs,
+        stop_file=job.stop.path,
+        device=job.resources.device,
+        driver=job.driver,
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, _per_trial(job)),
+        param_space={"trial_id": tune.grid_search([spec.trial_id for spec in job.specs])},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=None if job.address else job.resources.concurrency,
+            reuse_actors=False,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{int(time.time())}-{os.getpid()}",
+            storage_path=str(folder),
+            verbose=0,
+            log_to_file=True,
+            failure_config=tune.FailureConfig(max_failures=0),
+            stop=_StopWhenAsked(job),
+        ),
+    )
+    tuner.fit()
+
+
+def _run_trial(  # in a worker process
+    config: dict[str, Any],
+    *,
+    specs: dict[str, TrialSpec],
+    runs: Path,
+    stop_file: Path,
+    device: str,
+    driver: Process,
+) -> None:
+    spec = specs[config["trial_id"]]
+    outcome = execute(spec, runs, should_stop=stop_file.exists, device=device, driver=driver)
+    tune.report({"outcome": outcome})
+
+
+def _trial_name(trial: Any) -> str:
+    return trial.config["trial_id"]
+
+
+class _StopWhenAsked(tune.Stopper):
+    """Ends the whole Tuner once a stop is asked for and no trial is at work any more, or the time of grace is over."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._deadline: float | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002 - Tune's signature
+        return False
+
+    def stop_all(self) -> bool:
+        if not self._job.stop.requested():
+            return False
+        self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
+        store = Store(self._job.runs)
+        working = any(store.state(spec.trial_id) == "running" for spec in self._job.specs)
+        return not working or time.monotonic() > self._deadline
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Send what this process prints, Ray's native code included, to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = {number: os.dup(number) for number in (1, 2)}
+    with log.open("ab") as file:
+        for number in saved:
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in saved.items():
+            os.dup2(copy, number)
+            os.close(copy)
