@@ -1,0 +1,309 @@
+"""A study's results for people: what was claimed, what the evidence says of it, what it cost. Screens show points.
+
+`contents` gathers everything once as tables and paragraphs; the writers of `report_formats` only lay it out.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Literal
+
+from core.metrics import Metrics
+from workbench import report_formats
+from workbench.store import StudyResults, TrialRecord
+from workbench.study import Claim, Parameters
+from workbench.verdict import Verdict
+
+Format = Literal["text", "md", "html", "latex"]
+POINTS = 100
+MOST_CLASSES = 12  # more would bury the rest of the report
+_COLUMNS = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small", "ap_medium": "AP medium", "ap_large": "AP large"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Rows of text under a header. `bold` rows are stressed; after the first `left` columns come numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+    bold: frozenset[int] = frozenset()
+    left: int = 1
+
+    def without(self, name: str) -> "Table":
+        """Return the table without the column of that name, one of the words."""
+        index = self.header.index(name)
+        rows = tuple((*row[:index], *row[index + 1 :]) for row in self.rows)
+        return replace(self, header=(*self.header[:index], *self.header[index + 1 :]), rows=rows, left=self.left - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClaimLines:
+    """What is said of one claim besides its row: the statement, why the verdict, what to do, what else to know."""
+
+    claim: str
+    text: str
+    verdict: Verdict
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """Everything a report says, before any layout."""
+
+    title: str
+    question: str
+    claims: Table
+    lines: tuple[ClaimLines, ...]
+    scores: tuple[Table, ...]
+    facts: tuple[str, ...]  # cost, data left out, hardware, revision
+    results: StudyResults
+    verdicts: tuple[Verdict, ...]
+
+
+def render(results: StudyResults, *, format: Format, out: Path | None = None) -> str:  # noqa: A002 - the option's name
+    """Return the report of a study with the verdicts in `results`; with `out`, also write it there.
+
+    Markdown has its figures as PNG files beside `out`, and none without it; HTML carries them inside; LaTeX is the
+    table of differences alone, for a paper; text is for a terminal of 100 columns.
+    """
+    found = contents(results)
+    match format:
+        case "text":
+            text = report_formats.text(found)
+        case "md":
+            text = report_formats.markdown(found, out)
+        case "html":
+            text = report_formats.html(found)
+        case "latex":
+            text = report_formats.latex(found)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    return text
+
+
+def contents(results: StudyResults) -> Contents:
+    """Gather what the report says from the records and the stored verdicts."""
+    study = results.plan.study
+    claims = {claim.id: claim for claim in study.claims}
+    verdicts = results.verdicts
+    return Contents(
+        title=f"{study.name} · {study.profile}",
+        question=" ".join(study.question.split()),
+        claims=_claims_table(results, claims),
+        lines=tuple(
+            ClaimLines(claim=v.claim, text=v.text, verdict=v, details=tuple(_details(results, v))) for v in verdicts
+        ),
+        scores=tuple(_score_tables(results)),
+        facts=tuple(_facts(results)),
+        results=results,
+        verdicts=verdicts,
+    )
+
+
+def run_command(results: StudyResults, *options: str) -> str:
+    """Return the line that runs, or continues, this study, with its profile and data."""
+    study = results.plan.study
+    path = study.path.relative_to(Path.cwd()) if study.path.is_relative_to(Path.cwd()) else study.path
+    roots = {spec.data_root for spec in results.plan.specs.values() if spec.data_root}
+    data = [part for root in sorted(roots) for part in ("--data", root)]
+    return " ".join(["python -m workbench run", str(path), "--profile", study.profile, *data, *options])
+
+
+def contrast(claim: Claim) -> str:
+    """Return a claim's terms as a sum in words: kept - detached."""
+    parts: list[str] = []
+    for term in claim.terms:
+        sign = "-" if term.weight < 0 else "+"
+        weight = "" if abs(term.weight) == 1 else f"{abs(term.weight):g} "
+        parts += [f"{sign} {weight}{term.variant}"]
+    return " ".join(parts).removeprefix("+ ")
+
+
+# ------------------------------------------------------------------------------------------------------- claims
+
+
+def _claims_table(results: StudyResults, claims: dict[str, Claim]) -> Table:
+    rows = tuple(
+        (
+            v.claim + (" (post hoc)" if v.post_hoc else ""),
+            contrast(claims[v.claim]),
+            _interval(v),
+            f"{100 * (1 - v.alpha):.4g} %",
+            f"{POINTS * v.margin:g}",
+            str(v.n_pairs),
+            v.verdict + (" (strong)" if v.strong else ""),
+        )
+        for v in results.verdicts
+    )
+    return Table(
+        title="Claims",
+        header=("Claim", "Variant", "Difference [interval]", "Level", "Margin", "n", "Verdict"),
+        rows=rows,
+        caption=_caption(results),
+        bold=frozenset(index for index, v in enumerate(results.verdicts) if v.verdict == "supported"),
+        left=2,
+    )
+
+
+def _interval(verdict: Verdict) -> str:
+    if verdict.effect is None or verdict.low is None or verdict.high is None:
+        return "-"
+    return f"{POINTS * verdict.effect:+.2f} [{POINTS * verdict.low:+.2f}, {POINTS * verdict.high:+.2f}]"
+
+
+def _caption(results: StudyResults) -> str:
+    """Return what the numbers are: metric, pictures, checkpoint, seeds, interval, margin, looks, scope."""
+    study = results.plan.study
+    terms = [term for claim in study.claims for term in claim.terms]
+    metrics = " and ".join(dict.fromkeys(term.metric.replace("_", " ").upper().replace("AP ", "AP ") for term in terms))
+    weights = " and ".join(dict.fromkeys(term.parameters for term in terms))
+    splits = " and ".join(sorted({variant.config.data.split for variant in study.variants}))
+    pictures = " or ".join(
+        f"{count:,}"
+        for count in sorted({m.num_pictures for record in results.records.values() for m in record.metrics.values()})
+    )
+    looks = ", ".join(f"{look.seeds} seeds at alpha {look.alpha:g}" for look in study.looks)
+    sentences = [
+        f"Differences in points of COCO {metrics} on {pictures or 'no'} pictures of the {splits} split",
+        f"{weights} weights of the last checkpoint, never the best",
+        "mean over seeds paired across variants, with two-sided t intervals of that mean",
+        "margin: the smallest difference that matters, fixed before the runs",
+        f"looks: {looks}",
+        f"scope: {study.scope}, on these pictures",
+    ]
+    return "; ".join(sentences) + ". Bold: supported claims."
+
+
+def _details(results: StudyResults, verdict: Verdict) -> Iterable[str]:
+    """Yield what a reader of one verdict needs besides its numbers."""
+    yield f"{verdict.reason}."
+    if verdict.differences:
+        dots = "  ".join(f"{seed}: {POINTS * value:+.2f}" for seed, value in verdict.differences.items())
+        noise = "" if verdict.sd is None else f"; sd {POINTS * verdict.sd:.2f}"
+        pairing = "" if verdict.correlation is None else f"; correlation of the pair {verdict.correlation:.2f}"
+        yield f"Seeds: {dots}{noise}{pairing}."
+    says_so = verdict.kind == "superiority" and verdict.verdict in ("supported", "refuted")
+    if verdict.still_rising and not says_so:
+        yield f"Curves that still rose when training ended: {', '.join(verdict.still_rising)}."
+    if verdict.post_hoc:
+        yield "Post hoc: this claim was written down after trials of it had finished."
+    for note in verdict.notes:
+        yield f"Note: {note}."
+    step = _next_step(results, verdict)
+    if step:
+        yield f"Next: {step}"
+
+
+def _next_step(results: StudyResults, verdict: Verdict) -> str | None:
+    """Return the command that may decide an undecided claim; None where no command can."""
+    study = results.plan.study
+    claim = next(claim for claim in study.claims if claim.id == verdict.claim)
+    if verdict.verdict != "undecided" or not study.gives_verdicts:
+        return None
+    if claim.missing:
+        return run_command(results, "--variants all")
+    started = results.plan.at_look(study.looks[max(1, results.looks_started) - 1])
+    if any(results.records[trial.trial_id].state not in ("finished", "diverged") for trial in started):
+        return run_command(results)
+    return run_command(results, "--until-decided") if results.looks_started < len(study.looks) else None
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+
+
+def scored(results: StudyResults) -> dict[str, list[Metrics]]:
+    """Return the final metrics of every finished trial, by variant in the study's order."""
+    terms = [term for claim in results.plan.study.claims for term in claim.terms]
+    parameters: Parameters = terms[0].parameters if terms else "averaged"
+    found: dict[str, list[Metrics]] = {variant.name: [] for variant in results.plan.study.variants}
+    for trial in results.plan.trials:
+        metrics = results.records[trial.trial_id].metrics.get(trial.evaluations.get(parameters, ""))
+        if metrics is not None:
+            found[trial.variant].append(metrics)
+    return found
+
+
+def _score_tables(results: StudyResults) -> Iterable[Table]:
+    by_variant = scored(results)
+    if not any(by_variant.values()):
+        return
+    caption = "Points, mean ± standard deviation over n seeds; - where nothing can be scored."
+    yield Table(
+        title="Scores by size",
+        header=("Variant", "n", *_COLUMNS.values()),
+        rows=tuple(
+            (name, str(len(of)), *(_mean_sd([getattr(m, metric) for m in of]) for metric in _COLUMNS))
+            for name, of in by_variant.items()
+        ),
+        caption=caption,
+    )
+    classes = list(dict.fromkeys(name for of in by_variant.values() for metrics in of for name in metrics.per_class))
+    if 1 < len(classes) <= MOST_CLASSES:
+        yield Table(
+            title="AP by class",
+            header=("Variant", *classes),
+            rows=tuple(
+                (name, *(_mean_sd([m.per_class.get(label, {}).get("ap") for m in of]) for label in classes))
+                for name, of in by_variant.items()
+            ),
+            caption=caption,
+        )
+
+
+def _mean_sd(values: Sequence[float | None]) -> str:
+    known = [POINTS * value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{fmean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+
+
+# -------------------------------------------------------------------------------------------------------- facts
+
+
+def _facts(results: StudyResults) -> Iterable[str]:
+    """Yield cost, data left out, hardware and revision, one line each."""
+    records = [record for record in results.records.values() if record.attempts]
+    outcomes = ", ".join(f"{count} {state}" for state, count in Counter(record.state for record in records).items())
+    cost = duration(sum(record.total_seconds for record in records))
+    yield f"Cost: {cost} of worker time in {len(records)} trials" + (f" ({outcomes})." if outcomes else ".")
+    lines = list(dict.fromkeys(line for record in records for line in _left_out(record)))
+    yield "Left out of the data: " + ("; ".join(lines) if lines else "nothing") + "."
+    provenances = [record.result["provenance"] for record in records if record.result and "provenance" in record.result]
+    for label, fields in (
+        ("Hardware", ("device", "gpus", "cpu", "threads")),
+        ("Software", ("torch", "python", "kernel", "code_hash")),
+        ("Revision", ("git_revision", "git_dirty")),
+    ):
+        told = dict.fromkeys(_told(provenance, fields) for provenance in provenances)
+        if any(told):
+            yield f"{label}: {' | '.join(told)}."
+    yield f"Plan {results.plan.plan_hash[:12]}. To repeat: {run_command(results)}"
+
+
+def _left_out(record: TrialRecord) -> list[str]:
+    report = (record.result or {}).get("data_report", {})
+    if not any(key.endswith(".examples") for key in report):
+        return []
+    from core.data.splits import left_out  # brings torch: only for folders that had something to leave out
+
+    return left_out(report)
+
+
+def _told(provenance: dict[str, object], fields: Sequence[str]) -> str:
+    return ", ".join(
+        f"{field.replace('_', ' ')} {provenance[field]}" for field in fields if provenance.get(field) not in (None, [])
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 45 s, 12 min 30 s, 3 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
