@@ -7,6 +7,7 @@ import pytest
 
 from core.config import flatten, scientific
 from core.metrics import NUMBER_NAMES
+from workbench.plan import make_plan
 from workbench.study_file import load_study, profile_names
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,15 @@ def test_claim_is_what_the_comments_say(path):
     assert len(NUMBER_NAMES) == 12
     assert (claim.kind, claim.margin, study.looks[0].seeds) == ("superiority", 0.02, 5)
     assert claim.missing == ()
+
+
+def test_first_look_trains_both_variants_with_five_seeds(path):
+    """`run` stops after ten trials, those of a pair next to each other."""
+    plan = make_plan(load_study(path))
+    trials = plan.at_look(plan.study.looks[0])
+    assert [(trial.variant, trial.seed) for trial in trials] == [
+        (variant, seed) for seed in range(5) for variant in ("every_layer", "last_layer")
+    ]
 
 
 def test_profiles_of_the_table_are_those_that_exist(path):
