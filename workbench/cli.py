@@ -1,0 +1,254 @@
+"""The command line. Results go to stdout, progress and warnings to stderr.
+
+Exit codes: 0 every planned trial is accounted for; 1 a trial failed; 2 bad input, nothing started; 3 somebody else runs
+the study; 130 and 143 interrupted. Modules are imported when their command needs them, so that `--help` and `check`
+answer at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from workbench.errors import StudyFileError, WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.store import StudyResults
+    from workbench.study import Plan
+    from workbench.study_file import Selection
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # what a shell reports when the reader of a pipe has gone
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `arguments` default to the command line's."""
+    options = build_parser().parse_args(arguments)
+    try:
+        code = options.command(options)
+        sys.stdout.flush()
+    except WorkbenchError as error:
+        _write(sys.stderr, f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _write(sys.stderr, "Interrupted. The same command goes on from here.\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        return BROKEN_PIPE
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workbench",
+        description="Write down a claim about DETR, run one command, get an honest verdict.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    selection, runs = _selection_options(), _runs_option()
+
+    run = _command(commands, "run", _run, "train what is missing, judge the claims, report", [selection, runs])
+    run.add_argument("--until-decided", action="store_true", help="go on look by look while a claim is undecided")
+    run.add_argument("--executor", choices=("ray", "inline"), default="ray", help="inline: in this process, no Ray")
+    run.add_argument("--address", metavar="ADDR", help="of a running Ray cluster")
+
+    plan = _command(commands, "plan", _plan, "trials, differences, reachable effects and time", [selection, runs])
+    plan.add_argument("--explain", action="store_true", help="also each key's value and where it was set")
+    _json_option(plan)
+
+    _command(commands, "check", _check, "validate study files at every profile", [selection], studies="+")
+
+    status = _command(commands, "status", _status, "states, metrics and verdicts", [selection, runs], studies="?")
+    _json_option(status)
+
+    report = _command(commands, "report", _report, "the verdicts with their evidence", [selection, runs])
+    report.add_argument("--format", choices=("text", "md", "html", "latex"), default="text")
+    report.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
+
+    sync = commands.add_parser("sync", help="bring MLflow up to the records", parents=[runs], allow_abbrev=False)
+    sync.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
+    sync.set_defaults(command=_sync)
+
+    schema = commands.add_parser("schema", help="print the JSON schema of study files, for editors")
+    schema.set_defaults(command=_schema)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, command: Any, text: str, parents: list[Any], *, studies: str | None = None
+) -> Any:
+    parser = commands.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
+    parser.add_argument("study", type=Path, metavar="STUDY", nargs=studies, help="a study file")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _selection_options() -> argparse.ArgumentParser:
+    """Return the options that say what of a study is meant, in every command about studies."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("selection")
+    group.add_argument("--profile", metavar="P", help="the scale; default: laptop, or pictures with --data")
+    group.add_argument("--data", type=Path, metavar="DIR", help="a folder of pictures in COCO format")
+    group.add_argument(
+        "--variants", type=_names, metavar="A,B|all", help="which variants; the baseline is always among them"
+    )
+    group.add_argument("--seeds", type=int, metavar="N", help="one look of N seeds with alpha .05")
+    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeatable")
+    group.add_argument("--budget", metavar="10m", help="start no further look after this time")
+    group.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _runs_option() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="the records; default: runs")
+    return parser
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text)
+
+
+def _write_result(options: argparse.Namespace, described: dict[str, Any], text: str) -> None:
+    _write(sys.stdout, json.dumps(described, indent=2) + "\n" if options.json else text)
+
+
+def _selected(options: argparse.Namespace) -> "Selection":
+    from workbench.study_file import Selection
+
+    return Selection(
+        profile=options.profile,
+        data=options.data,
+        variants=options.variants,
+        seeds=options.seeds,
+        sets=tuple(options.set),
+        budget=options.budget,
+        tracking_uri=options.tracking_uri,
+    )
+
+
+def _planned(options: argparse.Namespace) -> "Plan":
+    from workbench.plan import make_plan
+    from workbench.study_file import load_study
+
+    return make_plan(load_study(options.study, _selected(options)))
+
+
+def _results(options: argparse.Namespace) -> "StudyResults":
+    from workbench.store import Store
+
+    plan = _planned(options)
+    return Store(options.runs, create=False).results_for(plan)
+
+
+def _run(options: argparse.Namespace) -> int:
+    plan = _planned(options)
+
+    from workbench.runner import run_study
+    from workbench.store import Store
+
+    return run_study(
+        plan,
+        Store(options.runs),
+        executor=options.executor,
+        until_decided=options.until_decided,
+        budget_seconds=plan.study.budget_seconds,
+        tracking_uri=plan.study.tracking_uri,
+        address=options.address,
+        out=sys.stdout,
+        err=sys.stderr,
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    results = _results(options)
+
+    from workbench import forecast
+
+    for warning in results.plan.warnings:
+        _write(sys.stderr, f"Warning: {warning}\n")
+    described = forecast.describe(results, explain=options.explain)
+    _write_result(options, described, forecast.as_text(described))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Validate every study at every profile, or at the one that is named; tell all problems of all of them."""
+    from dataclasses import replace
+
+    from workbench.plan import check_data
+    from workbench.study_file import load_study, profile_names
+
+    problems: dict[str, None] = {}  # an ordered set
+    for path in options.study:
+        selection = _selected(options)
+        named = selection.profile or selection.data
+        profiles = [selection.profile_name()] if named else profile_names(path)
+        before = len(problems)
+        for profile in profiles:
+            try:
+                study = load_study(path, replace(selection, profile=profile))
+                if selection.data:
+                    check_data(study)
+            except WorkbenchError as error:
+                problems |= dict.fromkeys(str(error).splitlines())
+        if len(problems) == before:
+            _write(sys.stdout, f"{path}: valid ({', '.join(profiles)})\n")
+    if problems:
+        raise StudyFileError("\n".join(problems))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from workbench import status
+    from workbench.store import Store
+
+    if options.study is not None:
+        described = status.describe(_results(options))
+        _write_result(options, described, status.as_text(described))
+        return 0
+    store = Store(options.runs, create=False)
+    known = [status.describe(store.results(ref)) for ref in store.studies()]
+    nothing = f"No study has been run in {options.runs}. Begin: python -m workbench run STUDY\n"
+    _write_result(options, {"studies": known}, "\n".join(map(status.as_text, known)) or nothing)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    results = _results(options)
+
+    from workbench.report import render
+
+    text = render(results, format=options.format, out=options.out)
+    if options.out is None:
+        _write(sys.stdout, text)
+    else:
+        _write(sys.stderr, f"Written: {options.out}\n")
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from workbench.mlflow_mirror import sync
+    from workbench.store import Store
+
+    return sync(Store(options.runs), tracking_uri=options.tracking_uri, err=sys.stderr)
+
+
+def _schema(options: argparse.Namespace) -> int:  # noqa: ARG001 - every command takes the options
+    from workbench.study_schema import schema_text
+
+    _write(sys.stdout, schema_text())
+    return 0

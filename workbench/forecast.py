@@ -1,0 +1,165 @@
+"""What a plan needs and what it can show, before it runs: the output of `python -m workbench plan`."""
+
+import json
+from statistics import fmean, stdev
+from typing import Any
+
+from workbench import stats
+from workbench.differences import differences
+from workbench.evidence import gather
+from workbench.plan import FEWEST_SEEDS
+from workbench.store import StudyResults
+from workbench.study import Look
+
+POINTS = 100.0
+DONE = ("finished", "diverged")
+
+
+def describe(results: StudyResults, *, explain: bool = False) -> dict[str, Any]:
+    """Return the plan as JSON values; effects are fractions, or multiples of the unknown sd where `sd` is null.
+
+    `explain` adds `settings`: each variant's keys with value and the layer that set it.
+    """
+    plan, study = results.plan, results.plan.study
+    baseline = study.variants[0]
+    seconds = [record.total_seconds for record in results.records.values() if record.state == "finished"]
+    to_go = {trial.trial_id for trial in plan.at_look(study.looks[0]) if not _done(results, trial.trial_id)}
+    described: dict[str, Any] = {
+        "study": study.name,
+        "profile": study.profile,
+        "plan_hash": plan.plan_hash,
+        "question": study.question,
+        "baseline": study.baseline,
+        "variants": [
+            {"name": variant.name, "why": variant.why, "differences": differences(baseline.config, variant.config)}
+            for variant in study.variants
+        ],
+        "looks": [_look(results, look) for look in study.looks],
+        "trials": [
+            {
+                "trial_id": trial.trial_id,
+                "variant": trial.variant,
+                "seed": trial.seed,
+                "state": results.records[trial.trial_id].state,
+            }
+            for trial in plan.trials
+        ],
+        "cost": {
+            "seconds_per_trial": fmean(seconds) if seconds else None,
+            "seconds_to_first_look": fmean(seconds) * len(to_go) if seconds else None,
+        },
+        "warnings": list(plan.warnings),
+    }
+    if explain:
+        described["settings"] = {
+            name: {key: {"value": value, "set_by": where} for key, (value, where) in keys.items()}
+            for name, keys in study.layers.items()
+        }
+    return described
+
+
+def _done(results: StudyResults, trial_id: str) -> bool:
+    return results.records[trial_id].state in DONE
+
+
+def _look(results: StudyResults, look: Look) -> dict[str, Any]:
+    trials = {trial.trial_id for trial in results.plan.at_look(look)}
+    return {
+        "seeds": look.seeds,
+        "alpha": look.alpha,
+        "trials": len(trials),
+        "finished": sum(_done(results, trial_id) for trial_id in trials),
+        "reachable": _reachable(results, look),
+    }
+
+
+def _reachable(results: StudyResults, look: Look) -> dict[str, Any] | None:
+    """Return what a look can show with 80 % probability, in sd of a paired difference and for each claim in fractions.
+
+    None where no verdict can be given.
+    """
+    study = results.plan.study
+    if not study.gives_verdicts or look.seeds < FEWEST_SEEDS:
+        return None
+    reach = stats.reachable(look.seeds, 1.0, look.alpha)
+    claims: list[dict[str, Any]] = []
+    for claim in (claim for claim in study.claims if not claim.missing):
+        found = list(gather(results, claim, study.looks[-1]).differences.values())
+        sd = stdev(found) if len(found) > 1 else None
+        in_fractions = {
+            "sd": sd,
+            "effect": None if sd is None else sd * reach.effect,
+            "equivalence_margin": None if sd is None else sd * reach.equivalence_margin,
+        }
+        claims += [{"claim": claim.id, "margin": claim.margin, "pairs": len(found), **in_fractions}]
+    return {"effect_in_sd": reach.effect, "equivalence_margin_in_sd": reach.equivalence_margin, "claims": claims}
+
+
+def as_text(described: dict[str, Any]) -> str:
+    """Return a description for a terminal; AP and effects in points."""
+    lines = [
+        f"{described['study']} · profile {described['profile']} · plan {described['plan_hash']}",
+        described["question"],
+        "",
+    ]
+    for number, look in enumerate(described["looks"], start=1):
+        counts = f"{look['trials']} trials, {look['finished']} of them finished"
+        lines.append(f"look {number}: {look['seeds']} seeds, alpha {look['alpha']:g}: {counts}")
+    lines += [_cost(described["cost"]), "", *_variants(described), ""]
+    for number, look in enumerate(described["looks"], start=1):
+        if look["reachable"]:
+            lines += [*_reach(number, look["reachable"]), ""]
+    if "settings" in described:
+        lines += _settings(described)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    if cost["seconds_per_trial"] is None:
+        return "time: not known before a trial has finished"
+    per_trial, to_go = cost["seconds_per_trial"], cost["seconds_to_first_look"]
+    return f"time: {per_trial:.0f} s a trial so far; {to_go / 60:.0f} min of trial time to the end of look 1"
+
+
+def _variants(described: dict[str, Any]) -> list[str]:
+    width = max(len(variant["name"]) for variant in described["variants"])
+    lines: list[str] = []
+    for variant in described["variants"]:
+        rows = [f"{key}: {_plain(ours)} -> {_plain(theirs)}" for key, (ours, theirs) in variant["differences"].items()]
+        for position, row in enumerate(rows or ["(baseline)"]):
+            lines.append(f"  {variant['name'] if position == 0 else '':{width}}  {row}")
+    return lines
+
+
+def _reach(number: int, reach: dict[str, Any]) -> list[str]:
+    effect, margin = reach["effect_in_sd"], reach["equivalence_margin_in_sd"]
+    lines = [
+        f"look {number} can show a difference of {effect:.2f} sd, or equivalence within {margin:.2f} sd, 4 times in 5"
+    ]
+    for claim in reach["claims"]:
+        text = f"  {claim['claim']}: margin {POINTS * claim['margin']:g} points; "
+        if claim["sd"] is None:
+            text += "sd of a paired difference not known before two pairs have finished"
+        else:
+            effect, margin = POINTS * claim["effect"], POINTS * claim["equivalence_margin"]
+            text += f"a difference of {effect:.2f}, equivalence within {margin:.2f} points "
+            text += f"(sd {POINTS * claim['sd']:.2f} from {claim['pairs']} pairs)"
+        lines.append(text)
+    return lines
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _settings(described: dict[str, Any]) -> list[str]:
+    """Return every key of the baseline with the layer that set it, and of the others what is set differently."""
+    ours = described["settings"][described["baseline"]]
+    lines: list[str] = []
+    for name, keys in described["settings"].items():
+        told = {key: item for key, item in keys.items() if name == described["baseline"] or item != ours.get(key)}
+        width = max((len(key) for key in told), default=0)
+        lines.append(f"{name}:" if keys is ours else f"{name}, where it is not as {described['baseline']}:")
+        lines += [f"  {key:{width}}  {_plain(item['value']):14}  {item['set_by']}" for key, item in told.items()]
+        lines.append("")
+    return lines
