@@ -123,11 +123,11 @@ def learning_curves(results: StudyResults) -> Figure:
         ]
         if curves:
             ends[name] = _draw_variant(axes, curves, colour)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     _label_ends(axes, ends, colours)
     axes.set_xlabel("epoch")
     axes.set_ylabel("AP on the validation subset, points")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=_SOFT, alpha=0.25, linewidth=0.7)
     axes.set_title("mean over seeds with its 95 % interval; thin: each seed", fontsize=9, loc="left")
     return figure
@@ -163,7 +163,7 @@ def _draw_variant(axes: Axes, curves: list[dict[int, float]], colour: str) -> tu
 def _label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
     """Write each variant's name where its line ends, moved apart where lines end together."""
     low, high = axes.get_ylim()
-    step, last = (high - low) * 0.055, -math.inf
+    step, last = (high - low) * 0.06, -math.inf
     for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
         last = max(y, last + step)
         axes.annotate(

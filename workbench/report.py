@@ -181,7 +181,7 @@ def _caption(results: StudyResults) -> str:
 
 def _details(results: StudyResults, verdict: Verdict) -> Iterable[str]:
     """Yield what a reader of one verdict needs besides its numbers."""
-    yield f"{verdict.reason}."
+    yield f"{verdict.reason[:1].upper()}{verdict.reason[1:]}."
     if verdict.differences:
         dots = "  ".join(f"{seed}: {POINTS * value:+.2f}" for seed, value in verdict.differences.items())
         noise = "" if verdict.sd is None else f"; sd {POINTS * verdict.sd:.2f}"

@@ -254,7 +254,8 @@ def _for_want_of_seeds(
     if needed is None:
         return None, f"{span}; more than {stats.MOST_SEEDS} seeds are needed: widen the margin or score more pictures"
     if needed <= interval.n:
-        return None, f"{span}; these seeds suffice for a difference of the margin, so a smaller one is likely: {go_on}"
+        where = "close to the margin" if claim.kind == "equivalence" else "between 0 and the margin"
+        return None, f"{span}; {needed} seeds should have sufficed, so the difference probably lies {where}: {go_on}"
     return needed, f"{span}; about {needed} seeds are needed: {go_on}"
 
 
