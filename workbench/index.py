@@ -9,6 +9,7 @@ import pandas as pd
 
 from core.events import EpochFinished, StepsTaken
 from workbench.durable import StampedEvent, write_with
+from workbench.series import numbers
 from workbench.store import Store, StudyResults, TrialRecord
 
 COLUMNS = {
@@ -38,25 +39,6 @@ def history(store: Store, results: StudyResults) -> pd.DataFrame:
     going = [trial_id for trial_id, record in results.records.items() if not record.result and record.attempts]
     frames = [kept.drop(columns="finished_at"), *(_rows(store, trial_id) for trial_id in going)]
     return pd.concat(frames, ignore_index=True).astype(COLUMNS)
-
-
-def numbers(event: StepsTaken | EpochFinished) -> dict[tuple[str, str], float]:
-    """Return what an event measured, by (parameters, name)."""
-    measured = {
-        **{f"loss/{name}": value for name, value in event.losses.items()},
-        "grad_norm": event.grad_norm,
-        "learning_rate": event.learning_rate,
-        "pictures_per_s": event.pictures_per_s,
-    }
-    if isinstance(event, StepsTaken):
-        return {("", name): value for name, value in measured.items()}
-    epoch = {("", f"epoch/{name}"): value for name, value in measured.items()}
-    scores = {
-        (parameters, name): value
-        for parameters, metrics in event.metrics.items()
-        for name, value in metrics.numbers().items()
-    }
-    return {**epoch, ("", "peak_memory_bytes"): float(event.peak_memory_bytes), **scores}
 
 
 def _rows(store: Store, trial_id: str) -> pd.DataFrame:

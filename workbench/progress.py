@@ -25,11 +25,9 @@ ORDER = ("running", "failed", "interrupted", "diverged", "pending", "finished")
 class Progress:
     """Watches the records of some trials and says on a stream how far they are."""
 
-    def __init__(
-        self, store: Store, trials: tuple[PlannedTrial, ...], *, concurrency: int, stream: TextIO, terminal: bool
-    ) -> None:
+    def __init__(self, store: Store, trials: tuple[PlannedTrial, ...], *, concurrency: int, stream: TextIO) -> None:
         self._store, self._trials, self._concurrency = store, trials, concurrency
-        self._stream, self._terminal = stream, terminal
+        self._stream, self._terminal = stream, is_terminal(stream)
         self._records: dict[str, TrialRecord] = {}
         self._drawn = 0  # lines on the screen
         self._said_at = 0.0

@@ -1,7 +1,7 @@
 """Trials as processes under Ray Tune, on this machine or a cluster. The only importer of ray.
 
 Ray places processes and notices their death; it is not the record. Every call builds a fresh Tuner over one grid axis,
-the trials; each resumes from its own checkpoint. Processes are not reused: a number must not depend on what ran before it.
+the trials; each resumes from its own checkpoint. Processes are not reused: no number may depend on what ran before it.
 """
 
 import logging

@@ -22,8 +22,9 @@ from core.events import EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
 from workbench import attempts, durable
 from workbench.errors import BusyError, StoreError
+from workbench.plan import plan_from_json, plan_to_json
 from workbench.processes import Process
-from workbench.study import Claim, Plan
+from workbench.study import Plan
 from workbench.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -138,8 +139,6 @@ class Store:
 
         The time of the first registration is kept: a claim registered after a trial of its own finished is post hoc.
         """
-        from workbench.plan import plan_to_json
-
         folder = self.study_dir(plan)
         if durable.read_json(folder / "plan.json") is None:
             durable.write_text(folder / "study.yaml", source)
@@ -161,8 +160,6 @@ class Store:
         Raises:
             StoreError: its plan.json cannot be read.
         """
-        from workbench.plan import plan_from_json
-
         plain = durable.read_json(ref.path / "plan.json")
         if plain is None:
             raise StoreError(f"{ref.path / 'plan.json'} is missing or damaged: run the study again to write it")
@@ -292,32 +289,29 @@ class Store:
 
     def _post_hoc(self, plan: Plan, records: dict[str, TrialRecord]) -> frozenset[str]:
         """Name the claims first registered, in any plan of this study and profile, after a trial had finished."""
-        from workbench.plan import plan_from_json
-
-        registered: dict[str, str] = {}
-        folder = self.study_dir(plan)
-        for path in folder.parent.glob("*/plan.json"):
+        first: dict[str, str] = {}
+        for path in self.study_dir(plan).parent.glob("*/plan.json"):
             ref, plain = self._ref(path.parent), durable.read_json(path)
-            for claim in plan_from_json(plain).study.claims if ref and plain else ():
-                key = _identity(claim)
-                registered[key] = min(ref.registered_at, registered.get(key, ref.registered_at)) if ref else ""
+            if ref is not None and plain is not None:
+                for claim in plain["study"]["claims"]:
+                    first[_identity(claim)] = min(ref.registered_at, first.get(_identity(claim), ref.registered_at))
         late: set[str] = set()
         for claim in plan.study.claims:
             variants = {term.variant for term in claim.terms}
-            first = registered.get(_identity(claim), durable.now())
+            registered = first.get(_identity(asdict(claim)), durable.now())
             finished = [
                 result["finished_at"]
                 for trial in plan.trials
                 if trial.variant in variants and (result := records[trial.trial_id].result)
             ]
-            if any(time < first for time in finished):
+            if any(time < registered for time in finished):
                 late.add(claim.id)
         return frozenset(late)
 
 
-def _identity(claim: Claim) -> str:
+def _identity(claim: dict[str, Any]) -> str:
     """What makes a claim the same claim: its contrast, kind and margin, not its wording."""
-    return json.dumps([claim.kind, claim.margin, [asdict(term) for term in claim.terms]], sort_keys=True)
+    return json.dumps([claim["kind"], claim["margin"], claim["terms"]], sort_keys=True)
 
 
 def _state(

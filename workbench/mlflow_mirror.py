@@ -1,0 +1,401 @@
+"""Copies the records to MLflow while they grow. The only importer of mlflow.
+
+One thread of the driver tails the events files, so there is one writer, trials never wait for MLflow, and when MLflow
+is away the copy is late, not lost. Everything sent carries the time of its event, by which MLflow drops what it
+already has: sending again is safe, and `sync` replays exactly once.
+"""
+
+import fcntl
+import logging
+import math
+import os
+import shlex
+import threading
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from core import numerics
+from core.config import flatten, scientific
+from core.events import EpochFinished, StepsTaken
+from workbench import durable, provenance
+from workbench.errors import BusyError
+from workbench.series import numbers
+from workbench.store import Store, StudyRef, StudyResults, TrialRecord
+from workbench.study import Plan, PlannedTrial
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SEND_SECONDS = 2.0
+FLUSH_SECONDS = 90.0
+"""Time to finish at the end of a run; creating the embedded database takes ten seconds on a small machine."""
+
+STATUS = {
+    "pending": "SCHEDULED",
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "diverged": "FINISHED",  # an outcome; the tag `state` says which
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
+_MOST_METRICS, _MOST_PARAMS = 1000, 100  # MLflow's limits for one call
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the next round is the retry
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+_Item = TypeVar("_Item")
+
+
+def default_uri(store: Store) -> str:
+    """Return the URI of the embedded database; absolute, because MLflow takes others from the working directory."""
+    return f"sqlite:///{store.mlflow_database}"
+
+
+def ui_command(tracking_uri: str) -> str:
+    """Return the line that opens MLflow's pages, or their address when a server is used."""
+    if tracking_uri.startswith("http"):
+        return tracking_uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)} --port 5000"
+
+
+def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
+    """Bring MLflow up to date with all records; return 0, or 1 when it could not be reached."""
+    code = 0
+
+    def warn(line: str) -> None:
+        err.write(line + "\n")
+
+    for ref in store.studies():
+        plan = store.results(ref).plan
+        try:
+            with store.lock(ref):
+                mirror = Mirror(store, ref, plan, tracking_uri=tracking_uri or plan.study.tracking_uri, warn=warn)
+                code |= 0 if mirror.finish() else 1
+        except BusyError as error:
+            warn(f"{error}. Its driver keeps MLflow up to date.")
+    return code
+
+
+class Mirror:
+    """The copy of one study in MLflow: an experiment, a parent run for the plan, a child run for each trial."""
+
+    def __init__(
+        self, store: Store, ref: StudyRef, plan: Plan, *, tracking_uri: str | None, warn: Callable[[str], None]
+    ) -> None:
+        self.tracking_uri = tracking_uri or default_uri(store)
+        self._store, self._ref, self._plan, self._warn = store, ref, plan, warn
+        self._path = ref.path / "mlflow.json"
+        self._state = self._read_state()
+        self._feeds: dict[str, _Feed] = {}
+        self._finish = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._warned = False
+        self._complete = False
+
+    def start(self) -> None:
+        """Begin to copy, in a thread of its own."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
+            self._thread.start()
+
+    def finish(self) -> bool:
+        """Copy what is left and end the thread; return whether MLflow now has everything. Starts nothing in vain."""
+        if self._thread is None and self._up_to_date():
+            return True
+        self.start()
+        self._finish.set()
+        if self._thread is not None:
+            self._thread.join(FLUSH_SECONDS)
+        if not self._complete:
+            self._warn("MLflow has not everything yet: `python -m workbench sync` brings it up to date.")
+        return self._complete
+
+    def _loop(self) -> None:
+        client = None
+        while True:
+            last = self._finish.is_set()
+            try:
+                client = client or _connect(self._store, self.tracking_uri)
+                self._send(client, last=last)
+                self._complete = last
+            except _trouble() as error:
+                if not self._warned:
+                    self._warned = True
+                    reason = str(error).strip().splitlines()[0][:200]
+                    self._warn(f"MLflow cannot be reached, training goes on without it ({reason})")
+            if last:
+                return
+            self._finish.wait(SEND_SECONDS)
+
+    # What is sent
+
+    def _send(self, client: "MlflowClient", *, last: bool) -> None:
+        results = self._store.results_for(self._plan)
+        parent = self._parent_run(client)
+        for trial in self._started(results):
+            record = results.records[trial.trial_id]
+            if record.attempts and self._state["reached"].get(trial.trial_id) != _reached(record):
+                self._send_trial(client, parent, trial, record)
+        self._send_parent(client, parent, results, last=last)
+
+    def _send_trial(self, client: "MlflowClient", parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
+        run = self._trial_run(client, parent, trial)
+        feed = self._feeds.setdefault(trial.trial_id, _Feed(self._store, trial.trial_id))
+        marks = self._state["watermarks"].setdefault(trial.trial_id, [0, 0])
+        points, marks = feed.points(marks)
+        self._log(client, run, points)
+        self._state["watermarks"][trial.trial_id] = marks
+        feed.sent()
+        client.log_batch(run, tags=_tags(self._trial_tags(trial, record)))
+        if record.state in ("finished", "diverged", "failed", "interrupted"):
+            self._log(client, run, self._final_points(trial, record))
+            self._send_files(client, run, trial)
+            client.set_terminated(run, STATUS[record.state])
+            self._state["reached"][trial.trial_id] = _reached(record)
+        else:
+            client.update_run(run, STATUS[record.state])
+            self._state["reached"].pop(trial.trial_id, None)
+        self._save()
+
+    def _log(self, client: "MlflowClient", run: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+        from mlflow.entities import Metric
+
+        for some in _chunks(points, _MOST_METRICS):
+            client.log_batch(run, metrics=[Metric(*point) for point in some])
+
+    def _final_points(self, trial: PlannedTrial, record: TrialRecord) -> list[tuple[str, float, int, int]]:
+        if record.result is None:
+            return []
+        time, step = _milliseconds(record.result["finished_at"]), record.result["step"]
+        return [
+            (f"{'final' if parameters == 'raw' else 'final_averaged'}/{name}", value, time, step)
+            for parameters, eval_id in trial.evaluations.items()
+            if eval_id in record.metrics
+            for name, value in record.metrics[eval_id].numbers().items()
+        ]
+
+    def _send_files(self, client: "MlflowClient", run: str, trial: PlannedTrial) -> None:
+        folder = self._store.trial_dir(trial.trial_id)
+        for name in ("spec.json", "events.jsonl", "result.json", "error.json"):
+            if (folder / name).exists():
+                client.log_artifact(run, str(folder / name))
+        for eval_id in trial.evaluations.values():
+            for path in sorted(self._store.evaluation_dir(trial.trial_id, eval_id).glob("[!.]*")):
+                client.log_artifact(run, str(path), f"evaluations/{eval_id}")
+
+    def _send_parent(self, client: "MlflowClient", run: str, results: StudyResults, *, last: bool) -> None:
+        status = _study_status(results, self._started(results), over=last)
+        reached = [status, [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]]
+        if self._state["reached"].get("parent") == reached:
+            return
+        tags = {f"verdict.{verdict.claim}": verdict.verdict for verdict in results.verdicts}
+        client.log_batch(run, tags=_tags({**self._study_tags(), **tags, "state": status.lower()}))
+        for path in sorted(self._ref.path.glob("*")):
+            if path.name.startswith("report") or path.name in ("plan.json", "study.yaml", "verdicts.json"):
+                client.log_artifact(run, str(path))
+        if status == "RUNNING":
+            client.update_run(run, status)
+        else:
+            client.set_terminated(run, status)
+        self._state["reached"]["parent"] = reached
+        self._save()
+
+    # Runs
+
+    def _parent_run(self, client: "MlflowClient") -> str:
+        if self._state["parent_run_id"] is None:
+            self._state["experiment_id"] = self._experiment(client)
+            study, tags = self._plan.study, self._study_tags()
+            run = self._find_run(client, tags) or self._create_run(client, f"plan {self._plan.plan_hash}", tags)
+            self._state["parent_run_id"] = run
+            self._save()
+            params = {
+                "question": study.question,
+                "baseline": study.baseline,
+                "variants": ", ".join(variant.name for variant in study.variants),
+                "looks": ", ".join(f"{look.seeds} seeds at alpha {look.alpha:g}" for look in study.looks),
+                **{
+                    f"claim.{claim.id}": f"{claim.text} ({claim.kind}, margin {claim.margin:g})"
+                    for claim in study.claims
+                },
+            }
+            _log_params(client, run, params)
+        return self._state["parent_run_id"]
+
+    def _trial_run(self, client: "MlflowClient", parent: str, trial: PlannedTrial) -> str:
+        runs = self._state["runs"]
+        if trial.trial_id not in runs:
+            identity = {"plan_hash": self._plan.plan_hash, "trial_id": trial.trial_id}
+            tags = {**self._study_tags(), **identity, "kind": "trial", "mlflow.parentRunId": parent}
+            run = self._find_run(client, {**identity, "kind": "trial"})
+            runs[trial.trial_id] = run or self._create_run(client, f"{trial.variant} seed {trial.seed}", tags)
+            self._save()
+            spec = self._plan.specs[trial.trial_id]
+            _log_params(client, runs[trial.trial_id], {**flatten(scientific(spec.config)), "seed": spec.seed})
+        return runs[trial.trial_id]
+
+    def _experiment(self, client: "MlflowClient") -> str:
+        name = f"{self._plan.study.name}/{self._plan.study.profile}"
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            remote = self.tracking_uri.startswith("http")  # a server knows where its artifacts go
+            return client.create_experiment(name, None if remote else self._store.mlflow_artifacts.as_uri())
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _find_run(self, client: "MlflowClient", tags: dict[str, str]) -> str | None:
+        """Find a run whose id was lost: a kill came between its creation and the writing of mlflow.json."""
+        wanted = " and ".join(f"tags.{key} = '{tags[key]}'" for key in ("plan_hash", "trial_id", "kind") if key in tags)
+        found = client.search_runs([self._state["experiment_id"]], wanted, max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _create_run(self, client: "MlflowClient", name: str, tags: dict[str, str]) -> str:
+        return client.create_run(self._state["experiment_id"], run_name=name, tags=tags).info.run_id
+
+    def _study_tags(self) -> dict[str, str]:
+        study = self._plan.study
+        return {"kind": "plan", "study": study.name, "profile": study.profile, "plan_hash": self._plan.plan_hash}
+
+    def _trial_tags(self, trial: PlannedTrial, record: TrialRecord) -> dict[str, Any]:
+        revision, dirty = provenance.git()
+        source = (record.result or {}).get("provenance") or {"git_revision": revision, "git_dirty": dirty}
+        return {
+            "variant": trial.variant,
+            "seed": trial.seed,
+            "git_revision": source["git_revision"],
+            "git_dirty": source["git_dirty"],
+            "numerics": numerics.VERSION,
+            "state": record.state,
+            "attempts": record.attempts,
+            **({"outcome": record.result["outcome"]} if record.result else {}),
+            **({"error": record.error["message"]} if record.error else {}),
+        }
+
+    # What has been sent
+
+    def _started(self, results: StudyResults) -> tuple[PlannedTrial, ...]:
+        looks = self._plan.study.looks[: max(1, results.looks_started)]
+        return self._plan.at_look(looks[-1])
+
+    def _up_to_date(self) -> bool:
+        results = self._store.results_for(self._plan)
+        started = self._started(results)
+        records = {trial.trial_id: results.records[trial.trial_id] for trial in started}
+        expected = {trial_id: _reached(record) for trial_id, record in records.items() if record.attempts}
+        status = _study_status(results, started, over=True)
+        verdicts = [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]
+        return self._state["reached"] == {**expected, "parent": [status, verdicts]}
+
+    def _read_state(self) -> dict[str, Any]:
+        """Return the ids of the runs and what they have, as left by the last driver that used the same MLflow."""
+        plain = durable.read_json(self._path)
+        if plain is not None and plain["tracking_uri"] == self.tracking_uri:
+            return {key: value for key, value in plain.items() if key != "format"}
+        empty: dict[str, Any] = {"runs": {}, "watermarks": {}, "reached": {}}
+        return {"tracking_uri": self.tracking_uri, "experiment_id": None, "parent_run_id": None, **empty}
+
+    def _save(self) -> None:
+        durable.write_json(self._path, self._state)
+
+
+class _Feed:
+    """The points of one trial that MLflow has not got."""
+
+    def __init__(self, store: Store, trial_id: str) -> None:
+        self._reader = store.reader(trial_id)
+        self._waiting: list[durable.StampedEvent] = []
+
+    def points(self, marks: list[int]) -> tuple[list[tuple[str, float, int, int]], list[int]]:
+        """Return (name, value, time, step) of what is new beyond `marks`, and the new marks.
+
+        Marks are the last steps sent of StepsTaken and EpochFinished: after a resume some steps happen again, and
+        MLflow would keep both.
+        """
+        self._waiting += self._reader.poll()
+        reached, points = list(marks), []
+        for stamped in self._waiting:
+            event = stamped.event
+            if not isinstance(event, StepsTaken | EpochFinished):
+                continue
+            kind = 0 if isinstance(event, StepsTaken) else 1
+            if event.step <= reached[kind]:
+                continue
+            reached[kind] = event.step
+            time = _milliseconds(stamped.time)
+            points += [
+                (f"{_FOLDERS[parameters]}{name}", value, time, event.step)
+                for (parameters, name), value in numbers(event).items()
+                if math.isfinite(value)  # MLflow would store an infinity as 1.8e308
+            ]
+        return points, reached
+
+    def sent(self) -> None:
+        """Forget what has been sent."""
+        self._waiting.clear()
+
+
+_FOLDERS = {"": "", "raw": "val/", "averaged": "averaged/"}
+
+
+def _reached(record: TrialRecord) -> list[Any]:
+    """What MLflow has of a trial once all of it is sent."""
+    return [record.state, record.attempts, record.step, sorted(record.metrics)]
+
+
+def _study_status(results: StudyResults, started: tuple[PlannedTrial, ...], *, over: bool) -> str:
+    states = {results.records[trial.trial_id].state for trial in started}
+    if not over:
+        return "RUNNING"
+    if states <= {"finished", "diverged"}:
+        return "FINISHED"
+    return "FAILED" if "failed" in states else "KILLED"
+
+
+def _connect(store: Store, tracking_uri: str) -> "MlflowClient":
+    """Open MLflow; one process at a time, since two that create a database at once break it."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with (store.root / "mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(tracking_uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def _trouble() -> tuple[type[Exception], ...]:
+    """What MLflow raises when its server or database is away."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def _log_params(client: "MlflowClient", run: str, params: dict[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    for some in _chunks([Param(key, str(value)[:6000]) for key, value in params.items()], _MOST_PARAMS):
+        client.log_batch(run, params=some)
+
+
+def _tags(values: dict[str, Any]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, str(value)[:5000]) for key, value in values.items() if value is not None]
+
+
+def _chunks(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _milliseconds(time: str) -> int:
+    return round(datetime.fromisoformat(time).timestamp() * 1000)

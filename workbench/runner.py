@@ -1,0 +1,281 @@
+"""Run a study: bring its trials to their ends, look by look, judge, and report.
+
+The same command is always the right recovery: what is finished is not run again, what was interrupted goes on, and what
+failed is tried once more.
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TextIO
+
+from workbench import report
+from workbench.attempts import read as read_attempts
+from workbench.errors import StoreError
+from workbench.execution import Job, StopRequest, resources_for, run_inline
+from workbench.mlflow_mirror import Mirror, ui_command
+from workbench.progress import Progress, duration
+from workbench.store import Store, StudyRef, StudyResults
+from workbench.study import Plan, PlannedTrial
+from workbench.trial import complete, write_error
+from workbench.verdict import judge
+
+Executor = Literal["ray", "inline"]
+
+WAIT_SECONDS = 2.0  # between looks at a trial that another driver runs
+TRIES = 2  # a trial whose process was lost is started once more, others are not
+
+
+def run_study(  # noqa: PLR0913 - the options of the command
+    plan: Plan,
+    store: Store,
+    *,
+    executor: Executor = "ray",
+    until_decided: bool = False,
+    budget_seconds: float | None = None,
+    tracking_uri: str | None = None,
+    address: str | None = None,
+    out: TextIO,
+    err: TextIO,
+) -> int:
+    """Complete the looks started, the first at least, then judge and report; return the exit code.
+
+    Args:
+        plan: what to run.
+        store: where the records are.
+        executor: `ray` runs trials as processes, `inline` one after another in this one.
+        until_decided: go on look by look while a claim is undecided for want of seeds.
+        budget_seconds: wall time of this call within which a further look must fit; the study's own by default.
+        tracking_uri: MLflow's; the study's own, or the embedded database, by default.
+        address: of a Ray cluster; this machine by default.
+        out: takes the results.
+        err: takes progress and warnings.
+
+    Raises:
+        BusyError: another driver runs this plan.
+        WorkbenchError: nothing could be started.
+    """
+    try:
+        source = plan.study.path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
+    ref = store.register(plan, source=source)
+    with store.lock(ref), _kept(err) as screen:
+        mirror = Mirror(store, ref, plan, tracking_uri=tracking_uri or plan.study.tracking_uri, warn=_line_to(screen))
+        run = _Run(plan, store, ref, mirror, executor=executor, address=address, err=screen)
+        with run.stop.listening():
+            code = run.looks(until_decided=until_decided, budget_seconds=budget_seconds or plan.study.budget_seconds)
+            if run.stop.signal is None:
+                out.write(run.report())
+                out.flush()
+            mirror.finish()
+        return run.say_end(code)
+
+
+class _Run:
+    """One driver's work on one plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        ref: StudyRef,
+        mirror: Mirror,
+        *,
+        executor: Executor,
+        address: str | None,
+        err: TextIO,
+    ) -> None:
+        self.plan, self.store, self.ref, self.mirror = plan, store, ref, mirror
+        self.executor, self.address, self.err = executor, address, err
+        self.say = _line_to(err)
+        self.began = time.monotonic()
+        self.tries: Counter[str] = Counter()
+        self.resources = resources_for(tuple(plan.specs.values()))
+        self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
+        self.progress: Progress | None = None
+
+    def looks(self, *, until_decided: bool, budget_seconds: float | None) -> int:
+        """Complete look after look; return the exit code."""
+        number = max(1, self.store.results_for(self.plan).looks_started)
+        while True:
+            trials = self.plan.at_look(self.plan.study.looks[number - 1])
+            self.store.start_look(self.ref, number)
+            self._complete(number, trials)
+            if self.stop.signal is not None:
+                return 128 + self.stop.signal
+            results = self.judge()
+            if any(not self._over(trial) for trial in trials):
+                return 1
+            if not until_decided or not self._another_look(results, number, budget_seconds):
+                return 0
+            number += 1
+
+    def judge(self) -> StudyResults:
+        """Judge the claims on what is known, keep the verdicts, and return the results with them."""
+        results = self.store.results_for(self.plan)
+        self.store.save_verdicts(self.ref, judge(results, seeds=len(self.plan.study.seeds)))
+        return self.store.results_for(self.plan)
+
+    def report(self) -> str:
+        """Write the Markdown report beside the plan and return the one for a terminal."""
+        results = self.store.results_for(self.plan)
+        report.render(results, format="md", out=self.ref.path / "report.md")
+        return report.render(results, format="text")
+
+    def say_end(self, code: int) -> int:
+        """Name what failed, or the line that goes on; return `code`."""
+        command = f"python -m workbench {shlex.join(sys.argv[1:])}"
+        failed = [trial for trial in self.plan.trials if self.store.state(trial.trial_id) == "failed"]
+        if code == 1:
+            for trial in failed:
+                self._say_failure(trial)
+            self.say(f"Failed trials are tried again by the same command: {command}")
+        elif code:
+            self.say(f"Interrupted; nothing that was finished is lost. To go on: {command}")
+        else:
+            self.say(f"Report: {self.ref.path / 'report.md'}")
+        return code
+
+    def _complete(self, number: int, trials: tuple[PlannedTrial, ...]) -> None:
+        """Run what is outstanding until every trial of the look has ended, here or under another driver."""
+        if not self._candidates(trials) and not self._elsewhere(trials):
+            return
+        self._say_start(number, trials)
+        concurrency = self.resources.concurrency if self.executor == "ray" else 1
+        self.progress = Progress(self.store, trials, concurrency=concurrency, stream=self.err)
+        self.mirror.start()
+        with self.progress.showing():
+            while not self.stop.requested():
+                if candidates := self._candidates(trials):
+                    self._execute(candidates)
+                elif self._elsewhere(trials):
+                    time.sleep(WAIT_SECONDS)
+                else:
+                    return
+
+    def _execute(self, trials: tuple[PlannedTrial, ...]) -> None:
+        self.tries.update(trial.trial_id for trial in trials)
+        job = Job(
+            specs=tuple(self.plan.specs[trial.trial_id] for trial in trials),
+            runs=self.store.root,
+            folder=self.ref.path,
+            stop=self.stop,
+            resources=self.resources,
+            address=self.address,
+        )
+        if self.executor == "inline":
+            run_inline(job)
+        else:
+            from workbench.ray_executor import run_on_ray  # Ray takes seconds, and a complete study needs none
+
+            run_on_ray(job)
+        if not self.stop.requested():
+            self._record_lost(trials)
+
+    def _record_lost(self, trials: tuple[PlannedTrial, ...]) -> None:
+        """Write an error for trials whose process died twice; after the first time they are run again."""
+        for trial in trials:
+            if self.store.state(trial.trial_id) not in ("pending", "interrupted"):
+                continue
+            if self.tries[trial.trial_id] < TRIES:
+                self.say(f"{trial.variant} seed {trial.seed}: its process was lost; it goes on from its checkpoint")
+                continue
+            folder = self.store.trial_dir(trial.trial_id)
+            write_error(
+                folder,
+                kind="worker_lost",
+                error_type="WorkerLost",
+                message=f"its process died {TRIES} times without an error, as when memory runs out; "
+                f"see {self.ref.path / 'ray'}",
+                attempt=len(read_attempts(folder)),
+                step=self.store.record(trial.trial_id).step,
+                trace="",
+            )
+
+    def _candidates(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
+        """Return the trials to run now, in order."""
+
+        def wanted(trial: PlannedTrial) -> bool:
+            if self._over(trial):
+                return False
+            state, tries = self.store.state(trial.trial_id), self.tries[trial.trial_id]
+            return state != "running" and tries < (1 if state == "failed" else TRIES)
+
+        return tuple(trial for trial in trials if wanted(trial))
+
+    def _elsewhere(self, trials: tuple[PlannedTrial, ...]) -> bool:
+        return any(self.store.state(trial.trial_id) == "running" for trial in trials)
+
+    def _over(self, trial: PlannedTrial) -> bool:
+        return complete(self.store.record(trial.trial_id), self.plan.specs[trial.trial_id])
+
+    def _another_look(self, results: StudyResults, number: int, budget_seconds: float | None) -> bool:
+        looks = self.plan.study.looks
+        undecided = [v.claim for v in results.verdicts if v.verdict == "undecided" and v.seeds_needed is not None]
+        if not undecided or number == len(looks):
+            return False
+        new = [trial for trial in self.plan.at_look(looks[number]) if not self._over(trial)]
+        if not new:
+            return False
+        known = [record.total_seconds for record in results.records.values() if record.state == "finished"]
+        expected = len(new) * sum(known) / max(1, len(known)) / self.resources.concurrency
+        elapsed = time.monotonic() - self.began
+        if budget_seconds is not None and elapsed + expected > budget_seconds:
+            self.say(
+                f"Undecided: {', '.join(undecided)}. The next look needs about {duration(expected)}, and "
+                f"{duration(max(0.0, budget_seconds - elapsed))} of the budget are left: raise --budget to go on."
+            )
+            return False
+        return True
+
+    def _announce_stop(self, line: str) -> None:
+        (self.progress.say if self.progress else self.say)(line)
+
+    def _say_start(self, number: int, trials: tuple[PlannedTrial, ...]) -> None:
+        study, resources = self.plan.study, self.resources
+        over = sum(self._over(trial) for trial in trials)
+        self.say(
+            f"{study.name} ({study.profile}), look {number} of {len(study.looks)}: {len(trials)} trials, {over} "
+            f"already done; {resources.concurrency if self.executor == 'ray' else 1} at once on {resources.device}, "
+            f"{resources.threads} thread{'s' if resources.threads > 1 else ''} each"
+        )
+        if resources.gpus:
+            names = ", ".join(f"{count} x {name}" for name, count in Counter(resources.gpus).items())
+            used = "uses them, one a trial" if resources.device == "cuda" else "draws its pictures and stays on the CPU"
+            self.say(f"GPUs: {names}; profile {study.profile} {used}")
+        for warning in self.plan.warnings:
+            self.say(f"Warning: {warning}")
+        self.say(f"MLflow:    {ui_command(self.mirror.tracking_uri)}")
+        self.say("Dashboard: streamlit run dashboard/app.py")
+
+    def _say_failure(self, trial: PlannedTrial) -> None:
+        error = self.store.record(trial.trial_id).error or {}
+        self.say(f"{trial.variant} seed {trial.seed} ({trial.trial_id}) failed: {error.get('class')}")
+        for line in error.get("traceback", "").strip().splitlines()[-4:] or [error.get("message", "")]:
+            self.say(f"    {line}")
+        self.say(f"    {self.store.trial_dir(trial.trial_id) / 'error.json'}")
+
+
+@contextmanager
+def _kept(stream: TextIO) -> Iterator[TextIO]:
+    """Give a stream of our own to where `stream` writes: while Ray runs, what anybody prints goes to a file."""
+    try:
+        number = os.dup(stream.fileno())
+    except (OSError, ValueError):  # a stream in memory
+        yield stream
+        return
+    with os.fdopen(number, "w", encoding="utf-8", errors="replace") as own:
+        yield own
+
+
+def _line_to(stream: TextIO) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        stream.write(line + "\n")
+        stream.flush()
+
+    return say
