@@ -1,0 +1,68 @@
+"""Runs: what is running now, and what went wrong? The trials of one study, drawn again while one of them trains."""
+
+import streamlit as st
+
+from dashboard import load, parts
+
+COLUMNS = {
+    "variant": "Variant",
+    "seed": st.column_config.NumberColumn("Seed", format="%d"),
+    "state": "State",
+    "progress": st.column_config.ProgressColumn("Progress", format="percent", min_value=0, max_value=1),
+    "attempts": st.column_config.NumberColumn("Attempts", format="%d"),
+    "best_ap": st.column_config.NumberColumn(
+        "Best AP, points",
+        format="%.1f",
+        help="Of all evaluations so far, also on the subset scored while training. Verdicts use the last checkpoint.",
+    ),
+    "pictures_per_s": st.column_config.NumberColumn("Pictures/s", format="%.0f", help="As last reported."),
+    "seconds": st.column_config.NumberColumn("Trained, s", format="%.0f", help="Without evaluation, all attempts."),
+    "seconds_left": st.column_config.NumberColumn("Left, s", format="%.0f", help="Training only, at the speed so far."),
+    "peak_memory_mib": st.column_config.NumberColumn("Peak memory, MiB", format="%.0f"),
+    "mlflow": st.column_config.LinkColumn("MLflow", display_text="open"),
+    "trial_id": "Trial",
+}
+
+
+def draw_mlflow(results: load.StudyResults) -> None:
+    """Say where MLflow shows the same trials, and how to start it."""
+    url = load.mlflow_url(results)
+    if url is None:
+        st.caption("Not mirrored to MLflow yet.")
+        return
+    st.link_button("Open the study in MLflow", url, icon=":material/open_in_new:")
+    command = load.mlflow_command(results)
+    if command:
+        st.caption("The links answer once MLflow's own pages are up:")
+        st.code(command, language=None)
+
+
+def draw() -> bool:
+    """Draw the chosen study's trials and return whether one runs."""
+    results = parts.chosen(parts.entries_or_stop())
+    progress, folder = load.progress(results), parts.runs_folder()
+    parts.progress_bar(progress)
+    parts.next_step(results)
+    for failure in load.failures(folder, results):
+        st.error(
+            f"**{failure.trial} {failure.state}** in attempt {failure.attempts}: {failure.message}  \n"
+            f"More in `{failure.folder}`.",
+            icon=parts.STATES[failure.state],
+        )
+    st.dataframe(
+        load.trials(folder, results),
+        column_config=COLUMNS,
+        hide_index=True,
+        height="content",
+        placeholder="",
+        key="trials",
+    )
+    st.caption(f"One row a trial of the looks started, those that run first. {load.scope_line(results)}.")
+    draw_mlflow(results)
+    return progress.running
+
+
+st.title("What is running?", anchor=False)
+entries = parts.entries_or_stop()
+parts.study_picker(entries)
+parts.refreshed(draw, running=any(entry.running for entry in entries))
