@@ -3,9 +3,10 @@
 Real folders have flaws, and none of them stops a training unless nothing is left. Each is counted, with examples.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -124,8 +125,9 @@ def open_folder(config: CocoFolder, *, root: Path | None, cache: Path | None) ->
     files = {split: split_files(folder, split) for split in used_splits(config)}
     raw = {split: read_annotations(files[split].annotations) for split in files}
     categories = shared_categories(folder, [category_names(raw[split]) for split in raw])
+    labels = {category_id: label for label, category_id in enumerate(categories)}
     tallies = {split: Tally(split) for split in files}
-    records = {split: _records(raw[split], files[split], list(categories), tallies[split], cache) for split in files}
+    records = {split: _records(raw[split], files[split], labels, tallies[split], cache) for split in files}
     if config.split == "tune":
         tallies["tune"] = Tally("tune")
         records["tune"] = [record for record in records["train"] if _held_out(record)]
@@ -137,8 +139,9 @@ def open_folder(config: CocoFolder, *, root: Path | None, cache: Path | None) ->
     report: dict[str, int | list[str]] = {}
     for split, tally in tallies.items():
         report |= tally.report(records[split])
+    train = [replace(record, annotations=()) for record in records["train"]]  # COCO's would fill memory in every trial
     return DataSplits(
-        train=CocoPictures(records["train"], rule=None if config.augmentation == "detr" else config.resize),
+        train=CocoPictures(train, rule=None if config.augmentation == "detr" else config.resize),
         scored=CocoPictures(records[config.split], rule=config.resize),
         ground_truth=_ground_truth(records[config.split], categories),
         class_names=_distinct(categories),
@@ -147,12 +150,12 @@ def open_folder(config: CocoFolder, *, root: Path | None, cache: Path | None) ->
 
 
 def _records(
-    raw: dict[str, Any], files: SplitFiles, category_ids: list[int], tally: Tally, cache: Path | None
+    raw: dict[str, Any], files: SplitFiles, label_of: Mapping[int, int], tally: Tally, cache: Path | None
 ) -> list[Record]:
     """Return the usable pictures of a split with their usable boxes, in the file's order."""
     images = _images(raw["images"], tally)
     sizes = picture_sizes(files, [image["file_name"] for image in images.values()], cache=cache)
-    annotations = _annotations(raw["annotations"], images, category_ids, tally)
+    annotations = _annotations(raw["annotations"], images, label_of, tally)
     records: list[Record] = []
     for picture_id, image in images.items():
         name = image["file_name"]
@@ -176,7 +179,7 @@ def _records(
                 image={**image, "height": height, "width": width},
                 annotations=usable,
                 boxes_xyxy_px=boxes.clip(0, np.array([width, height] * 2, np.float32)),
-                labels=np.array([category_ids.index(entry["category_id"]) for entry in learned], np.int64),
+                labels=np.array([label_of[entry["category_id"]] for entry in learned], np.int64),
             )
         )
     return records
@@ -201,7 +204,7 @@ def _images(entries: list[Any], tally: Tally) -> dict[int, dict[str, Any]]:
 
 
 def _annotations(
-    entries: list[Any], images: dict[int, dict[str, Any]], category_ids: list[int], tally: Tally
+    entries: list[Any], images: dict[int, dict[str, Any]], label_of: Mapping[int, int], tally: Tally
 ) -> dict[int, list[dict[str, Any]]]:
     """Return the well-formed annotations by picture. A repeated id with another box is another box."""
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -214,7 +217,7 @@ def _annotations(
                 identity = (entry.get("id"), picture_id, category_id, x, y, w, h)
                 if picture_id not in images:
                     tally.add("boxes_of_unknown_pictures", f"annotation {entry.get('id')}: picture {picture_id}")
-                elif category_id not in category_ids:
+                elif category_id not in label_of:
                     tally.add("boxes_of_unknown_categories", f"annotation {entry.get('id')}: category {category_id}")
                 elif entry.get("id") is not None and identity in seen:
                     tally.add("repeated_annotations", f"annotation {entry['id']}")
@@ -227,14 +230,14 @@ def _annotations(
 
 
 def _within(entry: dict[str, Any], image: dict[str, Any], size: tuple[int, int], tally: Tally) -> dict[str, Any] | None:
-    """Return an annotation with its box inside the picture, or None where nothing of it is.
+    """Return what scoring needs of an annotation, its box inside the picture, or None where nothing of it is.
 
     A box that needs no clipping keeps its numbers to the last digit, so that scores equal those of other COCO tools.
     """
     height, width = size
     x, y, w, h = entry["bbox"]
     where = f"{image['file_name']} {[x, y, w, h]}"
-    if not np.isfinite([x, y, w, h]).all() or w <= 0 or h <= 0:
+    if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
         tally.add("degenerate_boxes", where)
         return None
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
@@ -248,7 +251,8 @@ def _within(entry: dict[str, Any], image: dict[str, Any], size: tuple[int, int],
         tally.add("clipped_boxes", where)
         x, y, w, h = left, top, right - left, bottom - top
         area = min(area, w * h)
-    return {**entry, "bbox": [x, y, w, h], "area": area}
+    kept = {name: entry[name] for name in ("id", "image_id", "category_id", "iscrowd") if name in entry}
+    return {**kept, "bbox": [x, y, w, h], "area": area}
 
 
 def _subset(records: list[Record], count: int | None) -> list[Record]:

@@ -23,12 +23,9 @@ def decode(path: Path) -> np.ndarray | None:
 
     The EXIF orientation is ignored, as boxes in COCO format are in the coordinates of the stored pixels.
     """
-    encoded = np.fromfile(path, np.uint8)
-    if not encoded.size:
-        return None
     try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:  # a header that promises more pixels than cv2 accepts
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except (cv2.error, PermissionError):  # an empty file, or a header that promises more pixels than cv2 accepts
         return None
     return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 

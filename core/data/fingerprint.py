@@ -1,4 +1,4 @@
-"""Which pictures a trial sees, and whether a folder can be used at all: answered without torch, before a trial starts."""
+"""Which pictures a trial sees, and whether a folder can be used at all: answered without torch, before it starts."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from core.config import CocoFolder, Data
 
 SHAPES_VERSION = 1
-"""Of the drawing in `core.data.shapes`: bump it when a picture or a box changes. It is here since this file loads fast."""
+"""Of what `core.data.shapes` draws: bump it when a picture or a box changes. Here, as this file loads without torch."""
 
 SplitName = Literal["train", "val"]
 LAYOUT = "annotations/instances_{train,val}.json with pictures in train/ and val/, or train2017 and val2017 for both"
@@ -67,9 +67,15 @@ def check_folder(config: Data, root: Path | None) -> list[str]:
     categories: list[dict[int, str]] = []
     for split in used_splits(config):
         try:
-            categories.append(category_names(read_annotations(split_files(folder, split).annotations)))
+            files = split_files(folder, split)
+            raw = read_annotations(files.annotations)
+            categories.append(category_names(raw))
         except DataProblem as problem:
             problems.append(str(problem))
+            continue
+        names = [entry["file_name"] for entry in raw["images"] if isinstance(entry, dict) and "file_name" in entry]
+        if not any((files.pictures / str(name)).is_file() for name in names):
+            problems.append(f"{files.pictures}: holds none of the {len(names)} pictures that {files.annotations} names")
     if len(categories) == 2:
         problems.extend(_disagreements(folder, *categories))
     return problems

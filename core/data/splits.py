@@ -42,5 +42,5 @@ def left_out(report: dict[str, int | list[str]]) -> list[str]:
         examples = report.get(f"{key}.examples")
         if isinstance(examples, list):
             split, what = key.split(".", 1)
-            lines.append(f"{split}: {count} {what.replace('_', ' ')}: {', '.join(examples)}")
+            lines.append(f"{split}: {what.replace('_', ' ')}: {count} ({'; '.join(examples)})")
     return lines
