@@ -132,21 +132,21 @@ def _claims_table(results: StudyResults, claims: dict[str, Claim]) -> Table:
         (
             v.claim + (" (post hoc)" if v.post_hoc else ""),
             contrast(claims[v.claim]),
+            v.verdict + (" (strong)" if v.strong else ""),
             _interval(v),
             f"{100 * (1 - v.alpha):.4g} %",
             f"{POINTS * v.margin:g}",
             str(v.n_pairs),
-            v.verdict + (" (strong)" if v.strong else ""),
         )
         for v in results.verdicts
     )
     return Table(
         title="Claims",
-        header=("Claim", "Variant", "Difference [interval]", "Level", "Margin", "n", "Verdict"),
+        header=("Claim", "Variant", "Verdict", "Difference [interval]", "Level", "Margin", "n"),
         rows=rows,
         caption=_caption(results),
         bold=frozenset(index for index, v in enumerate(results.verdicts) if v.verdict == "supported"),
-        left=2,
+        left=3,
     )
 
 

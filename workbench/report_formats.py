@@ -124,7 +124,7 @@ def latex(contents: Contents) -> str:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_tex(contents.question)} {_tex(table.caption)}}}",
-        rf"\begin{{tabular}}{{{'l' * table.left}{'r' * (len(table.header) - table.left - 1)}l}}",
+        rf"\begin{{tabular}}{{{'l' * table.left}{'r' * (len(table.header) - table.left)}}}",
         r"\toprule",
         " & ".join(_tex(name) for name in table.header) + r" \\",
         r"\midrule",
@@ -226,7 +226,7 @@ _CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --paper: #0f1419; --soft: #9aa7b3; --line: #30363d; --card: #171d24; }
 }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
   margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.7rem; margin: 0; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
@@ -234,8 +234,9 @@ h3 { font-size: 1rem; margin: 0; }
 .question { font-size: 1.1rem; color: var(--soft); margin-top: .3rem; }
 .caption, .id { font-size: .85rem; color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .4rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-thead th { font-size: .85rem; color: var(--soft); } .n { text-align: right; } .bold td { font-weight: 650; }
+th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
+.n { text-align: right; white-space: nowrap; }
+thead th { font-size: .85rem; color: var(--soft); } .bold td { font-weight: 650; }
 figure { margin: 1.8rem 0; } figure svg { width: 100%; height: auto; }
 .card { background: var(--card); border-left: 4px solid var(--verdict); border-radius: 6px; padding: .8rem 1.1rem;
   margin: .9rem 0; }
