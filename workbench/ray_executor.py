@@ -137,19 +137,20 @@ def _trial_name(trial: Any) -> str:
 class _StopWhenAsked(tune.Stopper):
     """Ends the whole Tuner once a stop is asked for and no trial is at work any more, or the time of grace is over."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job) -> None:  # plain values: Tune pickles it
+        self._stop_file, self._runs = job.stop.path, job.runs
+        self._trial_ids = [spec.trial_id for spec in job.specs]
         self._deadline: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002 - Tune's signature
         return False
 
     def stop_all(self) -> bool:
-        if not self._job.stop.requested():
+        if not self._stop_file.exists():
             return False
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
-        store = Store(self._job.runs)
-        working = any(store.state(spec.trial_id) == "running" for spec in self._job.specs)
+        store = Store(self._runs)
+        working = any(store.state(trial_id) == "running" for trial_id in self._trial_ids)
         return not working or time.monotonic() > self._deadline
 
 
