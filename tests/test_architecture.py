@@ -41,6 +41,8 @@ LIGHT = [
     "dashboard.load",
 ]
 
+STUDY = "studies/refinement_detach.yaml"
+
 # A longer file usually owns two ideas, and a reader can no longer hold it. The house size is 300.
 MOST_LINES = 400
 LONGER = {"core/config.py": "every toggle in one place is the manual of what a study may set"}
@@ -108,17 +110,23 @@ def test_module_loads_without_the_heavy_libraries(module):
     assert loaded_after(f"import {module}", HEAVY) == []
 
 
-def test_help_loads_no_heavy_library():
-    """`python -m workbench --help` is the first thing that a user types, so it answers in a fraction of a second."""
-    run_help = (
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["check", STUDY], ["plan", STUDY, "--runs", "{runs}"], ["status", STUDY, "--runs", "{runs}"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_command_loads_no_heavy_library(arguments, tmp_path):
+    """What a user types before and between runs answers at once."""
+    filled = [argument.format(runs=tmp_path) for argument in arguments]
+    run_command = (
         "import runpy, sys\n"
-        "sys.argv = ['workbench', '--help']\n"
+        f"sys.argv = {['workbench', *filled]!r}\n"
         "try:\n"
         "    runpy.run_module('workbench', run_name='__main__')\n"
         "except SystemExit as ended:\n"
         "    assert not ended.code\n"
     )
-    assert loaded_after(run_help, HEAVY) == []
+    assert loaded_after(run_command, HEAVY) == []
 
 
 def test_core_loads_nothing_of_the_studies():

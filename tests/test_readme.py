@@ -1,12 +1,14 @@
-"""What the README says is true: its study, its table of profiles, its links and those of the pages in docs/."""
+"""What the README says is true: its study, commands, table of profiles, links, and the links of the pages in docs/."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from core.config import flatten, scientific
 from core.metrics import NUMBER_NAMES
+from workbench.cli import build_parser
 from workbench.plan import make_plan
 from workbench.study_file import load_study, profile_names
 
@@ -55,6 +57,12 @@ def test_first_look_trains_both_variants_with_five_seeds(path):
     assert [(trial.variant, trial.seed) for trial in trials] == [
         (variant, seed) for seed in range(5) for variant in ("every_layer", "last_layer")
     ]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^    python -m workbench (.*)$", README, re.MULTILINE))
+def test_command_can_be_typed(line):
+    """Every command of the README is one that the command line takes."""
+    assert build_parser().parse_args(shlex.split(line, comments=True)).command
 
 
 def test_profiles_of_the_table_are_those_that_exist(path):
