@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from workbench.notebook import LoadedStudy
 
 
-def load(study: "str | Path", *, runs: "str | Path" = "runs", **selection: Any) -> "LoadedStudy":
-    """Return a study's records for a notebook; see `workbench.notebook.load`."""
+def load(study: "str | Path", **options: Any) -> "LoadedStudy":
+    """Return a study's records for a notebook; the options are those of `workbench.notebook.load`."""
     from workbench import notebook  # importing the package must cost nothing
 
-    return notebook.load(study, runs=runs, **selection)
+    return notebook.load(study, **options)

@@ -1,5 +1,6 @@
 """A study's records for notebooks: `workbench.load("refinement_detach").to_pandas()`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ class LoadedStudy:
     results: StudyResults
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return one row for each trial and kind of parameters: variant, seed, state, seconds, the COCO numbers as fractions.
+        """Return one row for each trial and kind of parameters: variant, seed, state, seconds and the COCO numbers.
 
-        A trial that is not finished has one row, whose numbers are missing.
+        The numbers are fractions. A trial that is not finished has one row, whose numbers are missing.
         """
         import pandas as pd
 
@@ -49,10 +50,19 @@ class LoadedStudy:
         return rows
 
 
-def load(study: str | Path, *, runs: str | Path = "runs", **selection: Any) -> LoadedStudy:
+def load(
+    study: str | Path,
+    *,
+    runs: str | Path = "runs",
+    profile: str | None = None,
+    data: str | Path | None = None,
+    variants: Sequence[str] | None = None,
+    seeds: int | None = None,
+    sets: Sequence[str] = (),
+) -> LoadedStudy:
     """Return a study by its name (`studies/NAME.yaml` here) or the path of its file, with its records in `runs`.
 
-    `selection` are the command line's options as in `Selection`: profile, data, variants, seeds, sets, budget.
+    The other arguments are the options of `run`; `sets` are KEY=VALUE texts, `variants` may be ["all"].
 
     Raises:
         WorkbenchError: there is no such study, its file is wrong, or the records cannot be read.
@@ -60,5 +70,12 @@ def load(study: str | Path, *, runs: str | Path = "runs", **selection: Any) -> L
     found = [path for path in (Path(study), Path("studies") / f"{study}.yaml") if path.is_file()]
     if not found:
         raise StudyFileError(f"{study}: no such study; looked for that file and for studies/{study}.yaml")
-    plan = make_plan(load_study(found[0], Selection(**selection)))
+    selection = Selection(
+        profile=profile,
+        data=None if data is None else Path(data),
+        variants=None if variants is None else tuple(variants),
+        seeds=seeds,
+        sets=tuple(sets),
+    )
+    plan = make_plan(load_study(found[0], selection))
     return LoadedStudy(Store(Path(runs), create=False).results_for(plan))

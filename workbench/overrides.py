@@ -63,9 +63,7 @@ Settings = dict[str, Setting]
 
 def read_layer(label: str, document: Document, path: tuple[str | int, ...], problems: Problems) -> Layer:
     """Read the `set` mapping at `path` of a document; unknown keys and keys set twice go to `problems`."""
-    node = document.value
-    for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
+    node = document.at(path)
     found: list[Assignment] = []
     if isinstance(node, dict):
         _read(node, "", path, document, found, problems)
@@ -263,12 +261,25 @@ def _trigger(detail: ErrorDetails, key: str, layers: Sequence[Layer]) -> Place:
     return (named or below)[-1].place if below else layer.place
 
 
-def _rules_broken(layers: Sequence[Layer]) -> set[str]:
+def check_values(layer: Layer, problems: Problems) -> None:
+    """Tell the values of one layer that are wrong in themselves, also where a later layer hides them."""
+    settings = apply([layer])
+    for detail in _errors(settings):
+        key = _key_of(detail, settings)
+        if detail["type"] not in ("extra_forbidden", "value_error"):  # these depend on the other layers
+            problems.add(_place_of(key, settings, [layer]), key, in_words(detail))
+
+
+def _errors(settings: Settings) -> list[ErrorDetails]:
     try:
-        ExperimentConfig.model_validate(_nested(apply(layers)))
+        ExperimentConfig.model_validate(_nested(settings))
     except ValidationError as error:
-        return {in_words(detail) for detail in error.errors(include_url=False)}
-    return set()
+        return error.errors(include_url=False)
+    return []
+
+
+def _rules_broken(layers: Sequence[Layer]) -> set[str]:
+    return {in_words(detail) for detail in _errors(apply(layers))}
 
 
 def clashes(key: str, other: str) -> bool:

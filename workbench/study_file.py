@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.metrics import NUMBER_NAMES
 from workbench import yaml12
-from workbench.claims import ClaimReader, check_margins
+from workbench.claims import ClaimReader
 from workbench.differences import check_differences
-from workbench.overrides import Assignment, Layer, Settings, apply, clashes, explain, read_layer, resolve
+from workbench.overrides import Assignment, Layer, Settings, apply, check_values, clashes, explain, read_layer, resolve
 from workbench.problems import Place, Problems, as_key, did_you_mean
 from workbench.study import Claim, Look, Study, Variant
 from workbench.study_schema import ProfilePart, StudyPart, read_part, seconds_of
@@ -82,14 +83,14 @@ class _Loader:
         self.profile_name = selection.profile_name()
         self.document = yaml12.read_file(path, problems)
         self.file, self.wrong = read_part(StudyPart, self.document, problems, stand_in=UNREAD)
-        written = self.document.value.get("variants") if isinstance(self.document.value, dict) else None
-        self.names = list(written) if isinstance(written, dict) else []  # also those that cannot be read
+        self.names = self.document.names("variants")  # also those left out of `file` because they are wrong
 
     def load(self) -> Study | None:
         """Return the study, or None where anything is wrong."""
         profile, profile_document = self._profile()
         variants, settings = self._variants(self._layers(profile_document))
         check_differences(variants, self.file.baseline, self.document, self.problems)
+        self._check_references()
         selected = self._selected(profile)
         claims = self._claims(profile, variants, selected)
         looks = self._looks(profile, profile_document)
@@ -118,15 +119,16 @@ class _Loader:
     def _profile(self) -> tuple[ProfilePart, Document]:
         """Return the profile's file with the study's own block laid over it, and the document of the file."""
         known = profile_names(self.path)
-        for block, part in self.file.profiles.items():
+        for block in self.document.names("profiles"):
             at = ("profiles", block)
             self._check_name(block, known, "profile", self.document.place(at), as_key(at))
-            check_margins(part.margins if part else {}, self.document, (*at, "margins"), self.problems)
         document = Document(source=self.profile_name, value={})
-        if self._check_name(self.profile_name, known, "profile", Place(f"--profile {self.profile_name}")):
+        place = Place(f"--profile {self.profile_name}")
+        self.profile_known = self._check_name(self.profile_name, known, "profile", place)
+        if self.profile_known:
             document = yaml12.read_file(profile_file(self.path, self.profile_name), self.problems)
-        file, _ = read_part(ProfilePart, document, self.problems, stand_in={})
-        check_margins(file.margins, document, ("margins",), self.problems)
+        file, wrong = read_part(ProfilePart, document, self.problems, stand_in={})
+        self.wrong |= wrong
         block = self.file.profiles.get(self.profile_name) or ProfilePart()
         laid = {name: getattr(block, name) for name in block.model_fields_set}
         return file.model_copy(update=laid | {"margins": {**file.margins, **block.margins}}), document
@@ -134,11 +136,13 @@ class _Loader:
     def _layers(self, profile_document: Document) -> dict[str, list[Layer]]:
         """Return the layers of each variant, lowest first; the last but one is the variant's own."""
         study = self._layer("study", ())
-        blocks = {name: self._layer(f"profile {name}", ("profiles", name)) for name in self.file.profiles}
-        own = {name: self._layer(f"variant {name}", ("variants", name)) for name in self.file.variants}
+        blocks = {name: self._layer(f"profile {name}", ("profiles", name)) for name in self.document.names("profiles")}
+        own = {name: self._layer(f"variant {name}", ("variants", name)) for name in self.names}
         scale = [read_layer(f"profile {self.profile_name}", profile_document, ("set",), self.problems)]
         scale += [blocks[self.profile_name]] if self.profile_name in blocks else []
         options = _read_options(self.selection.sets, self.problems)
+        for layer in (study, *scale, *blocks.values(), *own.values(), options):
+            check_values(layer, self.problems)
         for layer in (*scale, options):
             self._check_clashes(layer, own.values())
         return {name: [study, *scale, layer, options] for name, layer in own.items()}
@@ -149,18 +153,22 @@ class _Loader:
     def _check_clashes(self, layer: Layer, varied: Iterable[Layer]) -> None:
         """Tell the keys that a profile or an option sets although the variants differ in them."""
         asked = [(variant.label, item) for variant in varied for item in variant.assignments]
+        told: list[str] = []
         for item in layer.assignments:
-            for label, other in asked:
-                if clashes(item.key, other.key):
-                    text = f"{label} sets {other.key} ({other.place}), so {layer.label} may not: remove one of them"
-                    self.problems.add(item.place, item.key, text)
-                    break
+            found = next(((label, other) for label, other in asked if clashes(item.key, other.key)), None)
+            if found is None or any(clashes(item.key, key) for key in told):
+                continue
+            label, other = found
+            remedy = f", or set {other.key}.kind alone, which keeps the other keys" if other.replaces else ""
+            text = f"{label} sets {other.key} ({other.place}), so {layer.label} may not: remove one of them{remedy}"
+            self.problems.add(item.place, item.key, text)
+            told.append(item.key)
 
     def _variants(self, layers: dict[str, list[Layer]]) -> tuple[list[Variant], dict[str, Settings]]:
         """Resolve every variant of the file, also those that do not run: a wrong one is wrong at every scale."""
         variants: list[Variant] = []
         settings: dict[str, Settings] = {}
-        for name, part in self.file.variants.items():
+        for name, part in ((name, part) for name, part in self.file.variants.items() if name in layers):
             config, settings[name] = resolve(self._with_data(layers[name]), self.problems)
             if config:
                 why, overrides = (part.why if part else ""), layers[name][-2].asked()
@@ -181,18 +189,30 @@ class _Loader:
 
     def _selected(self, profile: ProfilePart) -> set[str]:
         """Return the variants that run: those asked for and the baseline, which every comparison needs."""
-        baseline = self.file.baseline
-        if ("baseline",) not in self.wrong and ("baseline",) in self.document.keys:
-            self._check_name(baseline, self.names, "variant", self.document.value_place(("baseline",)), "baseline")
-        for block, part in self.file.profiles.items():
-            for position, name in enumerate(part.variants or [] if part else []):
-                at = ("profiles", block, "variants", position)
-                self._check_name(name, self.names, "variant", self.document.value_place(at), as_key(at))
         asked = profile.variants if self.selection.variants is None else self.selection.variants
         for name in self.selection.variants or ():
             if name != "all":
                 self._check_name(name, self.names, "variant", Place(f"--variants {name}"))
-        return set(self.names) if asked is None or "all" in asked else {baseline, *asked}
+        return set(self.names) if asked is None or "all" in asked else {self.file.baseline, *asked}
+
+    def _check_references(self) -> None:
+        """Tell the names of variants that do not exist, also in entries that are wrong otherwise."""
+        found: list[Path_] = [("baseline",)]
+        for block in self.document.names("profiles"):
+            listed = self.document.at(("profiles", block, "variants"))
+            found += [
+                ("profiles", block, "variants", at) for at in range(len(listed) if isinstance(listed, list) else 0)
+            ]
+        claims = self.document.at(("claims",))
+        for position, claim in enumerate(claims if isinstance(claims, list) else []):
+            at = ("claims", position)
+            terms = claim.get("terms") if isinstance(claim, dict) else None
+            found += [(*at, "plus"), (*at, "minus")]
+            found += [(*at, "terms", term, "variant") for term in range(len(terms) if isinstance(terms, list) else 0)]
+        for path in found:
+            name = self.document.at(path)
+            if isinstance(name, str):
+                self._check_name(name, self.names, "variant", self.document.value_place(path), as_key(path))
 
     def _check_name(self, name: str, known: list[str], what: str, place: Place, key: str = "") -> bool:
         """Tell a name that is not among the known ones; say whether it is."""
@@ -205,14 +225,17 @@ class _Loader:
         reader = ClaimReader(
             document=self.document,
             problems=self.problems,
-            names=self.names,
             variants={variant.name: variant for variant in variants},
             selected=selected,
-            margins=profile.margins,
+            margins=dict.fromkeys(NUMBER_NAMES, 0.0) if self._is_wrong("margins") else profile.margins,
         )
         num_written = len(self.file.claims) + sum(path[0] == "claims" and len(path) > 1 for path in self.wrong)
         positions = (position for position in range(num_written) if ("claims", position) not in self.wrong)
         return reader.read(zip(positions, self.file.claims, strict=True))
+
+    def _is_wrong(self, key: str) -> bool:
+        """Whether a key of the profile could not be read, which is told and must not be told again as its absence."""
+        return bool(self.wrong & {(key,), ("profiles", self.profile_name)}) or not self.profile_known
 
     def _looks(self, profile: ProfilePart, profile_document: Document) -> tuple[Look, ...]:
         """Return the planned looks: one of `--seeds` seeds, else the profile's."""
@@ -227,7 +250,8 @@ class _Loader:
         at: Path_ = ("profiles", self.profile_name, "looks") if own else ("looks",)
         place = (self.document if own else profile_document).place(at)
         if looks is None:
-            self.problems.add(place, "looks", "the profile plans no looks: add them, or give --seeds N")
+            if not self._is_wrong("looks"):
+                self.problems.add(place, "looks", "the profile plans no looks: add them, or give --seeds N")
             return ()
         if len(looks.seeds) != len(looks.alpha) or sorted(set(looks.seeds)) != looks.seeds:
             self.problems.add(place, as_key(at), "needs rising numbers of seeds, and one alpha for each")

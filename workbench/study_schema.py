@@ -7,22 +7,48 @@ import json
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import ErrorDetails
 
 from core.config import ExperimentConfig, dotted_keys
 from core.metrics import NUMBER_NAMES
-from workbench.problems import Problems, as_key, in_words, shown
+from workbench.problems import Problems, as_key, did_you_mean, in_words, shown
 from workbench.yaml12 import Document, Path_
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 Overrides = dict[str, Any]  # keys of ExperimentConfig, dotted or nested
-Metric = Annotated[
-    str, Field(description="a COCO number, as a fraction", json_schema_extra={"enum": list(NUMBER_NAMES)})
-]
+LARGEST_MARGIN = 0.2  # above it somebody wrote points
+
+
+def _known(metric: str) -> str:
+    if metric not in NUMBER_NAMES:
+        hint = f"{did_you_mean(metric, NUMBER_NAMES)}allowed: {', '.join(NUMBER_NAMES)}"
+        raise ValueError(f"no such metric: {metric!r}; {hint}")
+    return metric
+
+
+def _fraction(margin: float) -> float:
+    if margin > LARGEST_MARGIN:
+        remedy = f"margins are fractions, not points; did you mean {margin / 100:g}?"
+        raise ValueError(f"{margin:g} is above {LARGEST_MARGIN}: {remedy}")
+    return margin
+
+
+Metric = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(NUMBER_NAMES)})]
 Margin = Annotated[
-    float, Field(gt=0, allow_inf_nan=False, description="smallest difference that matters; AP .02, not 2")
+    float,
+    Field(gt=0, allow_inf_nan=False, description="smallest difference that matters; AP .02, not 2"),
+    AfterValidator(_fraction),
 ]
 
 
@@ -96,7 +122,7 @@ class ProfilePart(FilePart):
     verdicts: bool | None = Field(default=None, description="false: plumbing only, never a verdict")
     variants: list[str] | None = Field(default=None, description="those that run; null: all")
     looks: LooksPart | None = None
-    margins: dict[str, Margin] = Field(default={}, json_schema_extra={"propertyNames": {"enum": list(NUMBER_NAMES)}})
+    margins: dict[Metric, Margin] = {}
     budget: Duration | None = None
     tracking_uri: str | None = None
     set: Overrides = {}
@@ -162,13 +188,13 @@ def _sound(section: str, value: Any, wrong: set[Path_]) -> Any:
 
 
 def _tell(model: type[FilePart], detail: ErrorDetails, document: Document, problems: Problems) -> None:
-    path = detail["loc"]
+    path = tuple(part for part in detail["loc"] if part != "[key]")  # pydantic's mark of a key that is wrong
     if detail["type"] == "missing":
         if path not in document.keys:  # else its value was refused, and that is told
             problems.add(document.place(path[:-1]), as_key(path), "is missing")
         return
-    unknown = detail["type"] == "extra_forbidden"
-    place = document.place(path) if unknown else document.value_place(path)
+    about_key = detail["type"] == "extra_forbidden" or path != detail["loc"]
+    place = document.place(path) if about_key else document.value_place(path)
     problems.add(place, as_key(path), in_words(detail, _keys_beside(model, path)))
 
 

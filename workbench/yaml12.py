@@ -45,6 +45,23 @@ class Document:
     keys: dict[Path_, Place] = field(default_factory=dict)
     values: dict[Path_, Place] = field(default_factory=dict)
 
+    def at(self, path: Path_) -> Any:
+        """Return the value at `path`; None where there is none."""
+        node = self.value
+        for part in path:
+            if isinstance(node, dict):
+                node = node.get(part)
+            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+                node = node[part]
+            else:
+                return None
+        return node
+
+    def names(self, *path: str) -> list[str]:
+        """Return the keys of the mapping at `path`; none where there is no mapping."""
+        node = self.at(path)
+        return list(node) if isinstance(node, dict) else []
+
     def place(self, path: Path_) -> Place:
         """Return where the key at `path` stands, or its value (list items), or the nearest thing around it."""
         for end in range(len(path), -1, -1):
