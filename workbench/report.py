@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 from core.metrics import Metrics
 from workbench import report_formats
@@ -160,7 +160,7 @@ def _caption(results: StudyResults) -> str:
     """Return what the numbers are: metric, pictures, checkpoint, seeds, interval, margin, looks, scope."""
     study = results.plan.study
     terms = [term for claim in study.claims for term in claim.terms]
-    metrics = " and ".join(dict.fromkeys(term.metric.replace("_", " ").upper().replace("AP ", "AP ") for term in terms))
+    metrics = " and ".join(dict.fromkeys(_COLUMNS.get(term.metric, term.metric) for term in terms))
     weights = " and ".join(dict.fromkeys(term.parameters for term in terms))
     splits = " and ".join(sorted({variant.config.data.split for variant in study.variants}))
     pictures = " or ".join(
@@ -176,7 +176,7 @@ def _caption(results: StudyResults) -> str:
         f"looks: {looks}",
         f"scope: {study.scope}, on these pictures",
     ]
-    return "; ".join(sentences) + ". Bold: supported claims."
+    return "; ".join(sentences) + "."
 
 
 def _details(results: StudyResults, verdict: Verdict) -> Iterable[str]:
@@ -274,14 +274,10 @@ def _facts(results: StudyResults) -> Iterable[str]:
     lines = list(dict.fromkeys(line for record in records for line in _left_out(record)))
     yield "Left out of the data: " + ("; ".join(lines) if lines else "nothing") + "."
     provenances = [record.result["provenance"] for record in records if record.result and "provenance" in record.result]
-    for label, fields in (
-        ("Hardware", ("device", "gpus", "cpu", "threads")),
-        ("Software", ("torch", "python", "kernel", "code_hash")),
-        ("Revision", ("git_revision", "git_dirty")),
-    ):
-        told = dict.fromkeys(_told(provenance, fields) for provenance in provenances)
-        if any(told):
-            yield f"{label}: {' | '.join(told)}."
+    for label, told in (("Hardware", _hardware), ("Software", _software)):
+        said = dict.fromkeys(told(provenance) for provenance in provenances)
+        if said:
+            yield f"{label}: {' | '.join(said)}."
     yield f"Plan {results.plan.plan_hash[:12]}. To repeat: {run_command(results)}"
 
 
@@ -294,10 +290,15 @@ def _left_out(record: TrialRecord) -> list[str]:
     return left_out(report)
 
 
-def _told(provenance: dict[str, object], fields: Sequence[str]) -> str:
-    return ", ".join(
-        f"{field.replace('_', ' ')} {provenance[field]}" for field in fields if provenance.get(field) not in (None, [])
-    )
+def _hardware(provenance: dict[str, Any]) -> str:
+    device = ", ".join(provenance.get("gpus") or []) or provenance.get("cpu") or provenance["device"]
+    return f"{device}, threads a trial: {provenance['threads']}"
+
+
+def _software(provenance: dict[str, Any]) -> str:
+    revision = (provenance.get("git_revision") or "unknown")[:12]
+    changed = " with local changes" if provenance.get("git_dirty") else ""
+    return f"revision {revision}{changed}, core code {provenance['code_hash']}, torch {provenance['torch']}"
 
 
 def duration(seconds: float) -> str:

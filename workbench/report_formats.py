@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 WIDTH = 100  # columns of the terminal report
 _STRIP_WIDTH = 41
+_LEGEND = "Under each claim, in points: ● a seed, ┊ the margin, ┼ no difference."
 _PLAIN = str.maketrans({"●": "o", "─": "-", "┊": ":", "┼": "+", "·": "-", "±": "~", "…": "."})
 
 
 def text(contents: Contents) -> str:
     """Lay out for a terminal of 100 columns; in ASCII where the terminal's encoding has no dots and lines."""
-    parts = [contents.title, *_wrapped(contents.question), "", *_text_table(contents.claims.without("Variant"))]
+    table = contents.claims.without("Variant")
+    parts = [contents.title, *_wrapped(contents.question), "", *_text_table(table), *_wrapped(table.caption)]
+    parts += [_LEGEND] if any(item.verdict.differences for item in contents.lines) else []
     reach = _reach(contents.verdicts)
     for item in contents.lines:
         parts += ["", *_wrapped(f"{item.verdict.verdict.upper()}  {item.claim}: {item.text}")]
@@ -61,7 +64,7 @@ def strip(verdict: Verdict, reach: float) -> str:
 def markdown(contents: Contents, out: Path | None) -> str:
     """Lay out as GitHub Markdown; the figures are written as PNG files beside `out`, and left out without it."""
     parts = [f"# {_md(contents.title)}", _md(contents.question)]
-    parts += [_md_table(contents.claims), _md(contents.claims.caption)]
+    parts += [_md_table(contents.claims), _md(_caption(contents.claims))]
     if out is not None:
         from workbench import figures  # matplotlib takes a second to import, and only figures need it
 
@@ -123,7 +126,7 @@ def latex(contents: Contents) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_tex(contents.question)} {_tex(table.caption)}}}",
+        rf"\caption{{{_tex(contents.question)} {_tex(_caption(table))}}}",
         rf"\begin{{tabular}}{{{'l' * table.left}{'r' * (len(table.header) - table.left)}}}",
         r"\toprule",
         " & ".join(_tex(name) for name in table.header) + r" \\",
@@ -176,7 +179,11 @@ def _reach(verdicts: Sequence[Verdict]) -> float:
     return max([1e-3, *(1.5 * v.margin for v in verdicts), *(abs(d) for v in verdicts for d in v.differences.values())])
 
 
-# ------------------------------------------------------------------------------------------------------ escapes
+# ------------------------------------------------------------------------------------- captions, tables, escapes
+
+
+def _caption(table: Table) -> str:
+    return table.caption + (" Bold: supported claims." if table.bold else "")
 
 
 def _md(said: str) -> str:
@@ -203,7 +210,7 @@ def _html_table(table: Table) -> str:
         return f"<tr{' class=bold' if bold else ''}>{inside}</tr>"
 
     body = "".join(row(cells, "td", bold=index in table.bold) for index, cells in enumerate(table.rows))
-    caption = f"<p class=caption>{_esc(table.caption)}</p>" if table.caption else ""
+    caption = f"<p class=caption>{_esc(_caption(table))}</p>" if table.caption else ""
     return (
         f"<div class=wide><table><thead>{row(table.header, 'th')}</thead><tbody>{body}</tbody></table></div>{caption}"
     )
