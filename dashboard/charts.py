@@ -24,7 +24,7 @@ def interval_strip(
     All numbers are AP points. Without an interval (fewer than two pairs) only the dots are drawn.
     """
     figure = go.Figure()
-    _margin_band(figure, margin)
+    _ground(figure, margin)
     if effect is not None and low is not None and high is not None:
         _interval(figure, y=1.0, effect=effect, low=low, high=high, colour=colour, name="mean and interval")
     figure.add_scatter(
@@ -57,8 +57,7 @@ def forest(
     variants = list(differences["variant"])
     rows = {variant: float(len(variants) - position) for position, variant in enumerate(variants)}
     figure = go.Figure()
-    if margin is not None:
-        _margin_band(figure, margin)
+    _ground(figure, margin)
     for variant, effect, low, high, _ in differences.itertuples(index=False, name=None):
         colour = colours[variant]
         _interval(figure, y=rows[variant], effect=effect, low=low, high=high, colour=colour, name=variant)
@@ -177,8 +176,10 @@ def per_class(frame: pd.DataFrame, *, x_title: str, colours: Mapping[str, str]) 
     )
 
 
-def _margin_band(figure: go.Figure, margin: float) -> None:
-    figure.add_vrect(x0=-margin, x1=margin, fillcolor=BAND, line_width=0, layer="below")
+def _ground(figure: go.Figure, margin: float | None) -> None:
+    """Draw what every difference is seen against: the band of those too small to matter, and 0."""
+    if margin is not None:
+        figure.add_vrect(x0=-margin, x1=margin, fillcolor=BAND, line_width=0, layer="below")
     figure.add_vline(x=0, line={"color": NEUTRAL, "width": 1, "dash": "dot"}, layer="below")
 
 

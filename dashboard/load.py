@@ -234,6 +234,7 @@ def trials(runs: Path, results: StudyResults) -> pd.DataFrame:
 def _trial_row(store: Store, results: StudyResults, trial: PlannedTrial) -> dict[str, Any]:
     record = results.records[trial.trial_id]
     done, running = share(record), record.state == "running"
+    last = record.epochs[-1] if record.epochs else None
     return {
         "variant": trial.variant,
         "seed": trial.seed,
@@ -241,7 +242,7 @@ def _trial_row(store: Store, results: StudyResults, trial: PlannedTrial) -> dict
         "progress": done,
         "attempts": record.attempts,
         "best_ap": _points(best_ap(record)),
-        "pictures_per_s": last_speed(store.events(trial.trial_id)),
+        "pictures_per_s": last_speed(store.events(trial.trial_id)) or (last.pictures_per_s if last else None),
         "seconds": record.seconds,
         "seconds_left": record.seconds * (1 - done) / done if running and done else None,
         "peak_memory_mib": max((epoch.peak_memory_bytes / 2**20 for epoch in record.epochs), default=None),

@@ -103,7 +103,11 @@ def verdict_badge(verdict: load.Verdict | None) -> None:
 def progress_bar(progress: load.Progress) -> None:
     """Show how far a study is, and how many of its trials are in which state."""
     states = " · ".join(f"{STATES[state]} {count} {state}" for state, count in progress.states.items())
-    st.progress(progress.fraction, text=f"{progress.planned} trials: {states}")
+    text = f"{progress.planned} trials: {states}"
+    if progress.over < progress.planned:
+        st.progress(progress.fraction, text=text)
+    else:
+        st.markdown(text)
 
 
 def next_step(results: load.StudyResults) -> None:

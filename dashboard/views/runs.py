@@ -11,14 +11,14 @@ COLUMNS = {
     "progress": st.column_config.ProgressColumn("Progress", format="percent", min_value=0, max_value=1),
     "attempts": st.column_config.NumberColumn("Attempts", format="%d"),
     "best_ap": st.column_config.NumberColumn(
-        "Best AP, points",
+        "Best AP",
         format="%.1f",
-        help="Of all evaluations so far, also on the subset scored while training. Verdicts use the last checkpoint.",
+        help="In points, of all evaluations so far. Verdicts use the last checkpoint.",
     ),
     "pictures_per_s": st.column_config.NumberColumn("Pictures/s", format="%.0f", help="As last reported."),
     "seconds": st.column_config.NumberColumn("Trained, s", format="%.0f", help="Without evaluation, all attempts."),
     "seconds_left": st.column_config.NumberColumn("Left, s", format="%.0f", help="Training only, at the speed so far."),
-    "peak_memory_mib": st.column_config.NumberColumn("Peak memory, MiB", format="%.0f"),
+    "peak_memory_mib": st.column_config.NumberColumn("Memory, MiB", format="%.0f", help="At its peak."),
     "mlflow": st.column_config.LinkColumn("MLflow", display_text="open"),
     "trial_id": "Trial",
 }
@@ -42,9 +42,11 @@ def draw() -> bool:
     results = parts.chosen(parts.entries_or_stop())
     progress, folder = load.progress(results), parts.runs_folder()
     parts.progress_bar(progress)
-    parts.next_step(results)
+    if progress.over < progress.planned:
+        parts.next_step(results)
     for failure in load.failures(folder, results):
-        st.error(
+        tell = st.error if failure.state == "failed" else st.warning
+        tell(
             f"**{failure.trial} {failure.state}** in attempt {failure.attempts}: {failure.message}  \n"
             f"More in `{failure.folder}`.",
             icon=parts.STATES[failure.state],
