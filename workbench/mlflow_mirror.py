@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SEND_SECONDS = 2.0
-FLUSH_SECONDS = 90.0
-"""Time to finish at the end of a run; creating the embedded database takes ten seconds on a small machine."""
+FLUSH_SECONDS = 90.0  # to finish at the end of a run; making the embedded database takes ten on a small machine
 
 STATUS = {
     "pending": "SCHEDULED",

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from core.training import TrainResult
 
 
-
 class Trainer(Protocol):
     """What a trial needs of a detector's code."""
 
