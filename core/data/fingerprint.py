@@ -152,16 +152,16 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 
 def category_names(raw: dict[str, Any]) -> dict[int, str]:
-    """Return the class names by category id, in the order of the ids; the first of a repeated id holds."""
+    """Return the class names by category id; the first of a repeated id holds."""
     found: dict[int, str] = {}
     for entry in raw["categories"]:
         if isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("name"), str):
             found.setdefault(entry["id"], entry["name"])
-    return dict(sorted(found.items()))
+    return found
 
 
 def shared_categories(folder: Path, splits: list[dict[int, str]]) -> dict[int, str]:
-    """Join the category names of the splits.
+    """Join the category names of the splits, in the order of the ids.
 
     Raises:
         DataProblem: when an id names two classes, so that labels of one split would be wrong in the other.

@@ -1,5 +1,7 @@
 """Batches as pure functions of seed and step, and their padding."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,30 @@ def test_a_picture_looks_different_in_another_pass(data):
         batch = training_batch(data, config(NUM_TRAIN), seed=0, step=step)
         images.add(batch.images[ids(batch).index(4)].numpy().tobytes())
     assert len(images) > 3
+
+
+class Reversed:
+    """The same pictures in the opposite order."""
+
+    def __init__(self, pictures):
+        self._pictures = pictures
+        self.picture_ids = pictures.picture_ids[::-1]
+
+    def __len__(self):
+        return len(self._pictures)
+
+    def read(self, index):
+        """Return one picture, counted from the end."""
+        return self._pictures.read(len(self) - 1 - index)
+
+
+def test_augmentation_belongs_to_the_picture_not_to_its_turn(data):
+    """A picture is augmented alike wherever it comes in a pass."""
+    turned = replace(data, train=Reversed(data.train))
+    first, second = (training_batch(splits, config(NUM_TRAIN), seed=0, step=0) for splits in (data, turned))
+    assert ids(first) != ids(second)
+    for image, picture_id in zip(first.images, ids(first), strict=True):
+        assert torch.equal(image, second.images[ids(second).index(picture_id)])
 
 
 def test_padding_is_zero_at_bottom_and_right_and_boxes_ignore_it():

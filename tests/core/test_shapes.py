@@ -82,6 +82,16 @@ def test_boxes_fit_the_painted_pixels(label):
         np.testing.assert_allclose(painted, box, atol=3.0 if CLASS_NAMES[label] in {"star", "triangle"} else 1.5)
 
 
+def test_a_ring_shows_what_is_behind_it():
+    """The hole of a ring is not painted."""
+    rng = numpy_stream(0, "ring")
+    polygons = outline(CLASS_NAMES.index("ring"), rng, aspect=1.0, angle=0.0, size=60.0)
+    image = np.full((64, 64, 3), 128, np.uint8)
+    paint(image, tuple(polygon + 2 for polygon in polygons), rng)
+    assert (image[32, 32] == 128).all()
+    assert (image[32, 6] != 128).any()
+
+
 def test_the_drawing_moves_only_with_its_version():
     """Pictures 0 to 4 hold what generator version 1 drew; a change here needs a new `SHAPES_VERSION`."""
     scenes = [draw(index, 64) for index in range(5)]
