@@ -8,7 +8,7 @@ where it was written.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -191,17 +191,13 @@ def _nested(settings: Settings) -> dict[str, Any]:
 def resolve(layers: Sequence[Layer], problems: Problems) -> tuple[ExperimentConfig | None, Settings]:
     """Return the configuration that the layers lead to, or None; each error is told where its key was set."""
     settings = apply(layers)
-    try:
-        return ExperimentConfig.model_validate(_nested(settings)), settings
-    except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            key = _key_of(detail, settings)
-            if detail["type"] == "value_error":
-                place = _trigger(detail, key, layers)
-            else:
-                place = _place_of(key, settings, layers)
-            problems.add(place, key, in_words(detail, _allowed(detail, key, settings)))
-    return None, settings
+    details = _errors(settings)
+    for detail in details:
+        key = _key_of(detail, settings)
+        rule = detail["type"] == "value_error"
+        place = _trigger(detail, key, layers) if rule else _place_of(key, settings, layers)
+        problems.add(place, key, in_words(detail, _allowed(detail, key, settings)))
+    return None if details else ExperimentConfig.model_validate(_nested(settings)), settings
 
 
 def explain(config: ExperimentConfig, settings: Settings) -> dict[str, tuple[Any, str]]:
@@ -261,13 +257,17 @@ def _trigger(detail: ErrorDetails, key: str, layers: Sequence[Layer]) -> Place:
     return (named or below)[-1].place if below else layer.place
 
 
-def check_values(layer: Layer, problems: Problems) -> None:
-    """Tell the values of one layer that are wrong in themselves, also where a later layer hides them."""
+def without_wrong_values(layer: Layer, problems: Problems) -> Layer:
+    """Leave out, and tell, the values of a layer that are wrong in themselves, even where a later layer hides them."""
     settings = apply([layer])
+    wrong: list[str] = []
     for detail in _errors(settings):
-        key = _key_of(detail, settings)
         if detail["type"] not in ("extra_forbidden", "value_error"):  # these depend on the other layers
+            key = _key_of(detail, settings)
             problems.add(_place_of(key, settings, [layer]), key, in_words(detail))
+            wrong.append(key)
+    sound = (item for item in layer.assignments if not any(f"{item.key}.".startswith(f"{key}.") for key in wrong))
+    return replace(layer, assignments=tuple(sound))
 
 
 def _errors(settings: Settings) -> list[ErrorDetails]:

@@ -5,14 +5,24 @@ Precedence, lowest first: the defaults of `ExperimentConfig`, the study's `set`,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.metrics import NUMBER_NAMES
 from workbench import yaml12
 from workbench.claims import ClaimReader
 from workbench.differences import check_differences
-from workbench.overrides import Assignment, Layer, Settings, apply, check_values, clashes, explain, read_layer, resolve
+from workbench.overrides import (
+    Assignment,
+    Layer,
+    Settings,
+    apply,
+    clashes,
+    explain,
+    read_layer,
+    resolve,
+    without_wrong_values,
+)
 from workbench.problems import Place, Problems, as_key, did_you_mean
 from workbench.study import Claim, Look, Study, Variant
 from workbench.study_schema import ProfilePart, StudyPart, read_part, seconds_of
@@ -141,28 +151,31 @@ class _Loader:
         scale = [read_layer(f"profile {self.profile_name}", profile_document, ("set",), self.problems)]
         scale += [blocks[self.profile_name]] if self.profile_name in blocks else []
         options = _read_options(self.selection.sets, self.problems)
-        for layer in (study, *scale, *blocks.values(), *own.values(), options):
-            check_values(layer, self.problems)
-        for layer in (*scale, options):
-            self._check_clashes(layer, own.values())
+        for layer in (*blocks.values(), *own.values()):  # a variant keeps its wrong values, or it would equal another
+            without_wrong_values(layer, self.problems)
+        shared = [without_wrong_values(layer, self.problems) for layer in (study, *scale, options)]
+        study, *scale, options = [shared[0], *(self._without_clashes(layer, own.values()) for layer in shared[1:])]
         return {name: [study, *scale, layer, options] for name, layer in own.items()}
 
     def _layer(self, label: str, path: Path_) -> Layer:
         return read_layer(label, self.document, (*path, "set"), self.problems)
 
-    def _check_clashes(self, layer: Layer, varied: Iterable[Layer]) -> None:
-        """Tell the keys that a profile or an option sets although the variants differ in them."""
+    def _without_clashes(self, layer: Layer, varied: Iterable[Layer]) -> Layer:
+        """Tell the keys that a profile or an option sets although the variants differ in them, and leave them out."""
         asked = [(variant.label, item) for variant in varied for item in variant.assignments]
+        kept: list[Assignment] = []
         told: list[str] = []
         for item in layer.assignments:
             found = next(((label, other) for label, other in asked if clashes(item.key, other.key)), None)
-            if found is None or any(clashes(item.key, key) for key in told):
-                continue
-            label, other = found
-            remedy = f", or set {other.key}.kind alone, which keeps the other keys" if other.replaces else ""
-            text = f"{label} sets {other.key} ({other.place}), so {layer.label} may not: remove one of them{remedy}"
-            self.problems.add(item.place, item.key, text)
-            told.append(item.key)
+            if found is None:
+                kept.append(item)
+            elif not any(clashes(item.key, key) for key in told):
+                label, other = found
+                remedy = f", or set {other.key}.kind alone, which keeps the other keys" if other.replaces else ""
+                text = f"{label} sets {other.key} ({other.place}), so {layer.label} may not: remove one of them{remedy}"
+                self.problems.add(item.place, item.key, text)
+                told.append(item.key)
+        return replace(layer, assignments=tuple(kept))
 
     def _variants(self, layers: dict[str, list[Layer]]) -> tuple[list[Variant], dict[str, Settings]]:
         """Resolve every variant of the file, also those that do not run: a wrong one is wrong at every scale."""

@@ -104,7 +104,8 @@ def read_text(text: str, source: str, problems: Problems) -> Document:
         mark = error.problem_mark or error.context_mark
         place = Place(source, mark.line + 1, mark.column + 1) if mark else Place(source)
         remedy = "; indent with spaces" if "'\\t'" in (error.problem or "") else ""
-        problems.add(place, "", f"is not YAML: {error.problem or error.context}{remedy}")
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        problems.add(place, "", f"is not YAML: {reason}{remedy}")
         return document
     except yaml.YAMLError as error:  # a character that YAML does not allow
         problems.add(Place(source), "", f"is not YAML: {str(error).splitlines()[0]}")
