@@ -3,6 +3,7 @@
 Finished trials never change and are read once; running ones are read again each time.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +36,8 @@ def history(store: Store, results: StudyResults) -> pd.DataFrame:
     missing = [trial_id for trial_id in done if trial_id not in set(kept["trial_id"])]
     if missing:
         kept = pd.concat([kept, *(_rows(store, trial_id).assign(finished_at=done[trial_id]) for trial_id in missing)])
-        write_with(path, lambda temporary: kept.to_parquet(temporary, index=False))
+        with suppress(OSError):  # a folder that may only be read: the index just saves time
+            write_with(path, lambda temporary: kept.to_parquet(temporary, index=False))
     going = [trial_id for trial_id, record in results.records.items() if not record.result and record.attempts]
     frames = [kept.drop(columns="finished_at"), *(_rows(store, trial_id) for trial_id in going)]
     return pd.concat(frames, ignore_index=True).astype(COLUMNS)

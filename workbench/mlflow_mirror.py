@@ -91,6 +91,7 @@ class Mirror:
         self._path = ref.path / "mlflow.json"
         self._state = self._read_state()
         self._feeds: dict[str, _Feed] = {}
+        self._running: dict[str, int] = {}  # trial id -> the attempt that MLflow knows to be running
         self._finish = threading.Event()
         self._thread: threading.Thread | None = None
         self._warned = False
@@ -120,7 +121,7 @@ class Mirror:
             last = self._finish.is_set()
             try:
                 client = client or _connect(self._store, self.tracking_uri)
-                self._send(client, last=last)
+                self.send(client, last=last)
                 self._complete = last
             except _trouble() as error:
                 if not self._warned:
@@ -133,7 +134,8 @@ class Mirror:
 
     # What is sent
 
-    def _send(self, client: "MlflowClient", *, last: bool) -> None:
+    def send(self, client: "MlflowClient", *, last: bool) -> None:
+        """Send what MLflow has not got; `last` says that the driver does no more."""
         results = self._store.results_for(self._plan)
         parent = self._parent_run(client)
         for trial in self._started(results):
@@ -147,6 +149,8 @@ class Mirror:
         feed = self._feeds.setdefault(trial.trial_id, _Feed(self._store, trial.trial_id))
         marks = self._state["watermarks"].setdefault(trial.trial_id, [0, 0])
         points, marks = feed.points(marks)
+        if not points and record.state == "running" and self._running.get(trial.trial_id) == record.attempts:
+            return
         self._log(client, run, points)
         self._state["watermarks"][trial.trial_id] = marks
         feed.sent()
@@ -159,6 +163,7 @@ class Mirror:
         else:
             client.update_run(run, STATUS[record.state])
             self._state["reached"].pop(trial.trial_id, None)
+            self._running[trial.trial_id] = record.attempts
         self._save()
 
     def _log(self, client: "MlflowClient", run: str, points: Sequence[tuple[str, float, int, int]]) -> None:
@@ -362,7 +367,7 @@ def _connect(store: Store, tracking_uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):
+    for name in ("mlflow", "alembic", "urllib3"):  # their words go to the terminal otherwise
         logging.getLogger(name).setLevel(logging.ERROR)
     with (store.root / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

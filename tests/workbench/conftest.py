@@ -25,7 +25,7 @@ claims:
   - {id: sharp_better, text: Sharp is better., plus: sharp, minus: plain, metric: ap, kind: superiority}
 scope: seeds
 """
-TINY = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4")
+TINY = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=1")
 
 
 @pytest.fixture

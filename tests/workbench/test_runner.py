@@ -1,0 +1,176 @@
+"""Running a study from plan to verdict, and again, and after every kind of interruption. Real training, tiny scale."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+
+from workbench.durable import EventReader
+from workbench.plan import make_plan
+from workbench.runner import run_study
+from workbench.store import Store
+from workbench.study_file import Selection, load_study
+
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+SETS = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4")
+
+
+def run(plan, store, **options):
+    """Run a plan inline without MLflow; return the exit code and what was printed."""
+    out, err = io.StringIO(), io.StringIO()
+    options = {"executor": "inline", "tracking_uri": NOWHERE, **options}
+    code = run_study(plan, store, out=out, err=err, **options)
+    return code, out.getvalue(), err.getvalue()
+
+
+def command(study, runs, *options):
+    """Return the command line that runs a toy study inline."""
+    sets = [part for item in SETS for part in ("--set", item)]
+    parts = [sys.executable, "-m", "workbench", "run", str(study), "--profile", "smoke", *sets, "--runs", str(runs)]
+    return [*parts, "--executor", "inline", "--tracking-uri", NOWHERE, *options]
+
+
+def hashes(store):
+    """Return the hash of the weights of every trial in a store."""
+    paths = sorted((store.root / "trials").glob("*/result.json"))
+    return {path.parent.name: json.loads(path.read_text())["weights_hash"] for path in paths}
+
+
+def test_a_study_runs_to_its_verdicts_and_the_second_time_trains_nothing(toy_plan, store):
+    """All trials finish, the report is printed and written; again it is the same, without any attempt or MLflow's."""
+    code, out, err = run(toy_plan, store)
+    assert code == 0, err
+    results = store.results_for(toy_plan)
+    assert {record.state for record in results.records.values()} == {"finished"}
+    assert [verdict.claim for verdict in results.verdicts] == ["sharp_better"]
+    assert "sharp_better" in out
+    (report,) = store.root.glob("studies/toy/smoke/*/report.md")
+    assert "Sharp is better." in report.read_text()
+    assert err.count("MLflow cannot be reached, training goes on without it") == 1
+    assert "python -m workbench sync" in err
+    weights = hashes(store)
+    code, again, _ = run(toy_plan, store)
+    assert (code, again) == (0, out)
+    assert {record.attempts for record in store.results_for(toy_plan).records.values()} == {1}
+    assert hashes(store) == weights
+
+
+def test_a_failed_trial_is_told_and_tried_again(toy_plan, store):
+    """A failure leaves the other trials alone, gives exit code 1 with its traceback, and the next run retries it."""
+    trial = toy_plan.trials[1].trial_id
+    blocked = store.trial_dir(trial) / "checkpoints"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()  # a file where the trial wants a folder
+    code, out, err = run(toy_plan, store)
+    assert code == 1
+    states = [store.state(item.trial_id) for item in toy_plan.trials]
+    assert states == ["finished", "failed", "finished", "finished"]
+    assert f"sharp seed 0 ({trial}) failed: io" in err
+    assert "FileExistsError" in err
+    assert "tried again by the same command" in err
+    assert "undecided" in out.lower()
+    blocked.unlink()
+    code, _, _ = run(toy_plan, store)
+    assert code == 0
+    assert [store.record(item.trial_id).attempts for item in toy_plan.trials] == [1, 2, 1, 1]
+
+
+def test_more_threads_than_cores_are_refused_before_anything_starts(toy_study, store):
+    """A request that cannot be met is an error with the number that can, not a study that waits for ever."""
+    plan = make_plan(load_study(toy_study, Selection(profile="smoke", sets=(*SETS, "training.threads=4096"))))
+    with pytest.raises(Exception, match=r"training.threads is 4096, and this machine gives \d+ cores"):
+        run(plan, store)
+    assert not (store.root / "trials").exists()
+
+
+def test_looks_go_on_until_the_budget(toy_plan, store):
+    """Without --until-decided only the first look runs; with it, the next one only if it fits the budget."""
+    looks = tuple(replace(toy_plan.study.looks[0], seeds=seeds, alpha=0.025) for seeds in (1, 2))
+    plan = replace(toy_plan, study=replace(toy_plan.study, looks=looks, gives_verdicts=True))
+    code, _, _ = run(plan, store)
+    assert code == 0
+    assert [store.state(item.trial_id) for item in plan.trials] == ["finished", "finished", "pending", "pending"]
+    assert store.results_for(plan).looks_started == 1
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_study_goes_on_where_it_was(toy_study, tmp_path, signal_number, code):
+    """Ctrl-C and SIGTERM finish the step, write a checkpoint and tell how to go on; the numbers are equal."""
+    process, store = _start_and_wait_for_steps(toy_study, tmp_path / "stopped")
+    process.send_signal(signal_number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert f"To go on: python -m workbench run {toy_study}" in err
+    assert "running" not in _states(store)
+    assert "pending" in _states(store)
+    _finish_and_compare(toy_study, store, tmp_path / "unbroken")
+
+
+@pytest.mark.ci
+def test_a_killed_study_goes_on_where_it_was(toy_study, tmp_path):
+    """After kill -9 the same command reruns nothing that was finished, and ends with the weights of an unbroken run."""
+    process, store = _start_and_wait_for_steps(toy_study, tmp_path / "killed")
+    process.kill()
+    process.communicate()
+    assert "interrupted" in _states(store)
+    _finish_and_compare(toy_study, store, tmp_path / "unbroken")
+
+
+@pytest.mark.ci
+def test_a_complete_study_imports_no_heavy_library(toy_study, tmp_path):
+    """The same command again needs neither torch nor Ray, and MLflow only if it has not got everything."""
+    runs = tmp_path / "runs"
+    uri = ("--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db")
+    subprocess.run(command(toy_study, runs, *uri), check=True, capture_output=True)
+    script = (
+        "import sys, runpy\n"
+        "try: runpy.run_module('workbench', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: print('code', end.code, sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))\n"
+    )
+    parts = [sys.executable, "-c", script, *command(toy_study, runs, *uri)[3:]]
+    done = subprocess.run(parts, check=True, capture_output=True, text=True)
+    assert done.stdout.endswith("code 0 []\n"), done.stdout + done.stderr
+
+
+def _states(store):
+    return {store.state(path.name) for path in (store.root / "trials").glob("*")} | {
+        "pending" if len(list((store.root / "trials").glob("*"))) < 4 else "started"
+    }
+
+
+def _start_and_wait_for_steps(study, runs):
+    """Start a run with many steps a trial; return it when its first trial has written its first checkpoint."""
+    process = subprocess.Popen(
+        command(study, runs, "--set", "training.epochs=40"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.05)
+        for path in (runs / "trials").glob("*/events.jsonl"):
+            if any(item.event.step >= 6 for item in EventReader(path).poll()):
+                return process, Store(runs)
+    raise AssertionError(process.communicate()[1])
+
+
+def _finish_and_compare(study, store, unbroken):
+    finished = [path.parent.name for path in (store.root / "trials").glob("*/result.json")]
+    for runs in (store.root, unbroken):
+        done = subprocess.run(
+            command(study, runs, "--set", "training.epochs=40"), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert hashes(store) == hashes(Store(unbroken))
+    assert all(store.record(trial_id).attempts == 1 for trial_id in finished)
+    attempts = sorted(store.record(trial_id).attempts for trial_id in hashes(store))
+    assert attempts == [1, 1, 1, 2]

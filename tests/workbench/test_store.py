@@ -1,0 +1,198 @@
+"""The runs folder: what is kept of studies and trials, and what is read back."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from workbench import durable
+from workbench.errors import BusyError, StoreError
+from workbench.plan import make_plan
+from workbench.store import Store
+from workbench.study_file import Selection, load_study
+from workbench.trial import execute
+from workbench.verdict import judge
+
+HOLD = """
+import sys
+from pathlib import Path
+from workbench.store import Store
+store = Store(Path(sys.argv[1]))
+with store.lock(store.studies()[0]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def run_all(plan, store, trainer):
+    """Run every trial of a plan with one toy trainer."""
+    for spec in plan.specs.values():
+        execute(spec, store.root, should_stop=lambda: False, trainer=trainer)
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    """A runs folder that cannot be is told with its path and flag, for readers as for writers."""
+    (tmp_path / "runs").touch()
+    with pytest.raises(StoreError, match=r"--runs .*runs: .*runs is a file"):
+        Store(tmp_path / "runs")
+    with pytest.raises(StoreError, match="is a file"):
+        Store(tmp_path / "runs" / "deeper", create=False)
+
+
+def test_reading_creates_nothing(tmp_path, toy_plan):
+    """A plan that was never registered has pending trials, and asking leaves no trace."""
+    store = Store(tmp_path / "runs", create=False)
+    results = store.results_for(toy_plan)
+    assert {record.state for record in results.records.values()} == {"pending"}
+    assert (results.verdicts, results.looks_started, results.post_hoc, results.mlflow) == ((), 0, frozenset(), None)
+    assert store.studies() == ()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_is_registered_once(store, toy_plan):
+    """The first registration stays: its time, its plan and the text of the study file."""
+    ref = store.register(toy_plan, source="first")
+    assert store.register(toy_plan, source="second") == ref
+    assert (ref.path / "study.yaml").read_text() == "first"
+    assert store.studies() == (ref,)
+    assert store.results(ref).plan == toy_plan
+
+
+def test_a_damaged_plan_is_told_and_written_anew(store, toy_plan):
+    """A truncated plan.json stops readers with its path; running the study repairs it."""
+    ref = store.register(toy_plan, source="")
+    (ref.path / "plan.json").write_text('{"format": 1, "pl')
+    with pytest.raises(StoreError, match=r"plan.json is missing or damaged: run the study again"):
+        store.results(ref)
+    assert store.results(store.register(toy_plan, source="")).plan == toy_plan
+
+
+def test_verdicts_are_read_back_as_they_were(store, toy_plan, toy_trainer):
+    """Verdicts survive the file, and the file does not change when they do not."""
+    ref = store.register(toy_plan, source="")
+    run_all(toy_plan, store, toy_trainer())
+    store.start_look(ref, 1)
+    verdicts = judge(store.results(ref))
+    store.save_verdicts(ref, verdicts)
+    before = (ref.path / "verdicts.json").stat()
+    store.save_verdicts(ref, verdicts)
+    assert (ref.path / "verdicts.json").stat().st_ino == before.st_ino
+    results = store.results(ref)
+    assert results.verdicts == verdicts
+    assert results.looks_started == 1
+    store.start_look(ref, 1)
+    assert store.results(ref).looks_started == 1
+
+
+def test_another_study_shares_the_trials(store, toy_study, toy_plan, toy_trainer):
+    """A trial is computed once, whatever study asks for it."""
+    run_all(toy_plan, store, toy_trainer())
+    toy_study.write_text(toy_study.read_text().replace("study: toy", "study: other"))
+    other = make_plan(load_study(toy_study, Selection(profile="smoke", sets=_sets(toy_plan))))
+    assert other.specs.keys() == toy_plan.specs.keys()
+    assert {record.state for record in store.results_for(other).records.values()} == {"finished"}
+
+
+def test_a_claim_written_after_its_trials_is_post_hoc(store, toy_plan, toy_trainer):
+    """A claim with a new margin, registered when its trials had finished, is marked; its wording may change freely."""
+    store.register(toy_plan, source="")
+    run_all(toy_plan, store, toy_trainer())
+    assert store.results_for(toy_plan).post_hoc == frozenset()
+    (claim,) = toy_plan.study.claims
+    for plan_hash, edited, expected in (
+        ("reworded", replace(claim, text="Sharp wins."), frozenset()),
+        ("moved", replace(claim, margin=claim.margin / 2), frozenset({claim.id})),
+    ):
+        plan = replace(toy_plan, study=replace(toy_plan.study, claims=(edited,)), plan_hash=plan_hash)
+        store.register(plan, source="")
+        assert store.results_for(plan).post_hoc == expected
+
+
+def test_a_claim_written_before_its_trials_is_not_post_hoc_in_a_larger_plan(store, toy_study, toy_plan, toy_trainer):
+    """Asking for more seeds later does not make the claim late: it stood before the first trial."""
+    store.register(toy_plan, source="")
+    run_all(toy_plan, store, toy_trainer())
+    larger = make_plan(load_study(toy_study, Selection(profile="smoke", seeds=3, sets=_sets(toy_plan))))
+    store.register(larger, source="")
+    assert larger.plan_hash != toy_plan.plan_hash
+    assert store.results_for(larger).post_hoc == frozenset()
+
+
+def test_one_driver_at_a_time(store, toy_plan):
+    """A second driver is told who runs the study and since when; a kill -9 of the first lets it in."""
+    ref = store.register(toy_plan, source="")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        message = rf"toy \(smoke\) is being run by process {holder.pid} on .* since 20"
+        with pytest.raises(BusyError, match=message), store.lock(ref):
+            pass
+        holder.kill()
+        holder.wait()
+        with store.lock(ref):
+            pass
+
+
+def test_the_history_holds_what_the_events_say(store, toy_plan, toy_trainer):
+    """One row for each trial, step and number; metrics carry their parameters, and the index answers the same."""
+    run_all(toy_plan, store, toy_trainer())
+    results = store.results_for(toy_plan)
+    first = store.history(results)
+    trial = next(iter(toy_plan.specs))
+    curve = first[(first["trial_id"] == trial) & (first["name"] == "ap") & (first["parameters"] == "averaged")]
+    assert curve[["step", "epoch", "seconds", "value"]].to_numpy().tolist() == [
+        [2, 1, 4, 0.02],
+        [4, 2, 8, 0.04],
+        [6, 3, 12, 0.06],
+    ]
+    losses = first[(first["trial_id"] == trial) & (first["name"] == "loss/total")]
+    assert losses["value"].tolist() == [2.0, 1.0, 2 / 3, 0.5, 0.4, 2 / 6]
+    assert not first.duplicated(["trial_id", "step", "parameters", "name"]).any()
+    for spec in toy_plan.specs:
+        (store.trial_dir(spec) / "events.jsonl").unlink()
+    again = Store(store.root, create=False).history(results)  # from the index alone
+    assert again.equals(first)
+
+
+def test_the_history_follows_a_trial_that_runs(store, toy_plan, toy_trainer):
+    """Rows of an unfinished trial are there at once and grow; a damaged index is rebuilt."""
+    spec = next(iter(toy_plan.specs.values()))
+    seen = []
+
+    def look(step):
+        if step == 3:
+            seen.append(store.history(store.results_for(toy_plan))["step"].max())
+
+    execute(spec, store.root, should_stop=lambda: False, trainer=toy_trainer(before_step=look))
+    results = store.results_for(toy_plan)
+    whole = store.history(results)
+    (index,) = store.index_dir.iterdir()
+    index.write_bytes(index.read_bytes()[:100])
+    assert store.history(results).equals(whole)
+    assert (seen, whole["step"].max()) == ([2], 6)
+
+
+def test_a_record_of_a_later_version_is_not_guessed_at(store, toy_plan):
+    """A result that a later version wrote is an error with its path, not an unfinished trial to run again."""
+    trial = next(iter(toy_plan.specs))
+    durable.write_json(store.trial_dir(trial) / "result.json", {})
+    path = store.trial_dir(trial) / "result.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(StoreError, match=r"result.json: format 9"):
+        store.record(trial)
+
+
+def _sets(plan):
+    """The `--set` options that give another study the configs of this plan."""
+    config = plan.study.variants[0].config
+    data, subset = config.data, config.evaluation.training_subset
+    return (
+        f"training.epochs={config.training.epochs}",
+        f"data.side={data.side}",
+        f"data.num_train={data.num_train}",
+        f"data.num_val={data.num_val}",
+        f"evaluation.training_subset={subset}",
+    )
