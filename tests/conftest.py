@@ -1,5 +1,6 @@
 """What all tests share: one thread a process, and small fixtures."""
 
+import json
 import os
 
 # Before any test imports torch: the test processes share the cores, and a trial sets its own number of threads.
@@ -173,3 +174,21 @@ def fake_results():
         )
 
     return make
+
+
+@pytest.fixture
+def coco_folder(tmp_path):
+    """Return a folder in COCO format whose picture is an empty file: enough to check and plan with."""
+    folder = tmp_path / "coco"
+    annotations = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 16, 12], "area": 192, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "disc"}],
+    }
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        (folder / split / "1.jpg").touch()
+        path = folder / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(annotations))
+    return folder

@@ -1,0 +1,56 @@
+"""What a plan tells before it runs."""
+
+import pytest
+
+from workbench import forecast, stats
+
+
+def test_before_anything_ran_effects_are_in_sd(fake_results):
+    """Without finished pairs the reachable effects are multiples of the unknown sd, and the time is not known."""
+    described = forecast.describe(fake_results({"base": [], "other": []}))
+    assert [(look["seeds"], look["trials"], look["finished"]) for look in described["looks"]] == [
+        (5, 10, 0),
+        (10, 20, 0),
+    ]
+    reach = described["looks"][0]["reachable"]
+    assert reach["effect_in_sd"] == pytest.approx(stats.reachable(5, 1.0, 0.03).effect)
+    assert reach["claims"][0]["sd"] is None
+    assert described["cost"] == {"seconds_per_trial": None, "seconds_to_first_look": None}
+    text = forecast.as_text(described)
+    assert "look 1: 5 seeds, alpha 0.03: 10 trials, 0 of them finished" in text
+    assert "time: not known before a trial has finished" in text
+    assert "look 1 can show a difference of 1.95 sd" in text
+
+
+def test_finished_pairs_give_effects_in_points_and_time(fake_results):
+    """The sd of the finished pairs turns the reachable effects into AP, and their time gives the time to go."""
+    results = fake_results({"base": [0.30, 0.32, 0.31], "other": [0.33, 0.34, 0.36]})
+    described = forecast.describe(results)
+    first = described["looks"][0]
+    (claim,) = first["reachable"]["claims"]
+    assert (claim["pairs"], first["finished"]) == (3, 6)
+    assert claim["sd"] == pytest.approx(0.01527525)
+    assert claim["effect"] == pytest.approx(0.01527525 * first["reachable"]["effect_in_sd"])
+    assert described["cost"] == {"seconds_per_trial": 88.0, "seconds_to_first_look": 4 * 88.0}
+    text = forecast.as_text(described)
+    assert "time: 88 s a trial so far; 6 min of trial time to the end of look 1" in text
+    assert "margin 2 points; a difference of 2.98, equivalence within 2.82 points (sd 1.53 from 3 pairs)" in text
+
+
+def test_too_few_seeds_promise_nothing(fake_results):
+    """A look below five seeds, or a profile for plumbing, has nothing that it can show."""
+    few = forecast.describe(fake_results({"base": [], "other": []}, looks=((2, 0.05),)))
+    plumbing = forecast.describe(fake_results({"base": [], "other": []}, gives_verdicts=False))
+    assert few["looks"][0]["reachable"] is None
+    assert plumbing["looks"][0]["reachable"] is None
+    assert "can show" not in forecast.as_text(few)
+
+
+def test_variants_show_what_they_differ_in(fake_results):
+    """Each variant lists its keys with both values; `explain` adds every key with the layer that set it."""
+    described = forecast.describe(fake_results({"base": [], "other": []}), explain=True)
+    assert described["variants"][1]["differences"] == {"training.lr": (2e-4, 4e-4)}
+    assert described["settings"]["other"] == {"training.lr": {"value": 4e-4, "set_by": "variant"}}
+    text = forecast.as_text(described)
+    assert "other  training.lr: 0.0002 -> 0.0004" in text
+    assert "other, where it is not as base:\n  training.lr  0.0004          variant" in text
