@@ -51,6 +51,15 @@ def test_checked_in_schema_is_current():
     assert (FOLDER / "study.schema.json").read_text() == schema_text()
 
 
+def test_study_on_the_page_is_valid(tmp_path):
+    """The study file that studies/README.md shows loads and plans as it stands."""
+    text = re.findall(r"^```yaml\n(.*?)^```$", (FOLDER / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    path = tmp_path / "my_question.yaml"
+    path.write_text(text)
+    plan = make_plan(load_study(path))
+    assert (plan.study.claims[0].margin, len(plan.trials), plan.warnings) == (0.02, 20, ())
+
+
 def test_page_lists_every_study_claim_and_profile():
     """studies/README.md names each study with its claims, and each profile."""
     text = (FOLDER / "README.md").read_text()

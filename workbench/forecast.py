@@ -118,7 +118,8 @@ def _cost(cost: dict[str, Any]) -> str:
     if cost["seconds_per_trial"] is None:
         return "time: not known before a trial has finished"
     per_trial, to_go = cost["seconds_per_trial"], cost["seconds_to_first_look"]
-    return f"time: {per_trial:.0f} s a trial so far; {to_go / 60:.0f} min of trial time to the end of look 1"
+    rest = f"{to_go / 60:.0f} min of trial time to the end of look 1" if to_go else "look 1 is complete"
+    return f"time: {per_trial:.0f} s a trial so far; {rest}"
 
 
 def _variants(described: dict[str, Any]) -> list[str]:

@@ -37,6 +37,12 @@ def test_finished_pairs_give_effects_in_points_and_time(fake_results):
     assert "margin 2 points; a difference of 2.98, equivalence within 2.82 points (sd 1.53 from 3 pairs)" in text
 
 
+def test_complete_look_has_no_time_to_go(fake_results):
+    """When every trial of the first look has ended, the time says so."""
+    described = forecast.describe(fake_results({"base": [0.3] * 5, "other": [0.31] * 5}))
+    assert "time: 88 s a trial so far; look 1 is complete" in forecast.as_text(described)
+
+
 def test_too_few_seeds_promise_nothing(fake_results):
     """A look below five seeds, or a profile for plumbing, has nothing that it can show."""
     few = forecast.describe(fake_results({"base": [], "other": []}, looks=((2, 0.05),)))
