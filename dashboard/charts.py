@@ -136,7 +136,8 @@ def curves(
     figure.update_xaxes(
         title=x_title, rangemode="tozero", showgrid=False, tickformat="~g", dtick=_whole_ticks(bands["x"])
     )
-    figure.update_yaxes(title=y_title, rangemode="tozero", gridcolor=FAINT)
+    top = 1.15 * max(bands["mean"].max(), lines["value"].max())  # a wide band of two seeds may leave the picture
+    figure.update_yaxes(title=y_title, range=[0, top or 1], gridcolor=FAINT)
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, hovermode="closest")
     return _framed(figure, height=400, margin={"l": 8, "r": 12, "t": 36, "b": 48}, legend=True)
 

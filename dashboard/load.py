@@ -153,7 +153,7 @@ def scope_line(results: StudyResults) -> str:
     """Return what the study's numbers are about: pairing, pictures, scope, checkpoint."""
     pictures = {metrics.num_pictures for record in results.records.values() for metrics in record.metrics.values()}
     scored = f"{max(pictures):,} validation pictures" if pictures else "nothing scored yet"
-    return f"seeds paired across variants · {scored} · scope: {results.plan.study.scope} · last checkpoint"
+    return f"Seeds paired across variants · {scored} · scope: {results.plan.study.scope} · last checkpoint"
 
 
 def claim_cards(results: StudyResults) -> tuple[ClaimCard, ...]:
@@ -243,7 +243,7 @@ def _trial_row(store: Store, results: StudyResults, trial: PlannedTrial) -> dict
         "attempts": record.attempts,
         "best_ap": _points(best_ap(record)),
         "pictures_per_s": last_speed(store.events(trial.trial_id)) or (last.pictures_per_s if last else None),
-        "seconds": record.seconds,
+        "seconds": record.seconds if record.attempts else None,
         "seconds_left": record.seconds * (1 - done) / done if running and done else None,
         "peak_memory_mib": max((epoch.peak_memory_bytes / 2**20 for epoch in record.epochs), default=None),
         "mlflow": mlflow_url(results, trial.trial_id),
@@ -263,7 +263,7 @@ def failures(runs: Path, results: StudyResults) -> tuple[Failure, ...]:
                     trial=f"{trial.variant} seed {trial.seed}",
                     state=record.state,
                     attempts=record.attempts,
-                    message=told.get("message") or told.get("reason") or "Its process ended before it could say why.",
+                    message=told.get("message") or told.get("reason") or "its process ended before it could say why",
                     folder=_store(runs.absolute()).trial_dir(trial.trial_id),
                 )
             )

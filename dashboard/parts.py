@@ -97,7 +97,7 @@ def verdict_badge(verdict: load.Verdict | None) -> None:
         st.badge("no verdict yet", icon=":material/hourglass_empty:", color="gray")
         return
     icon, colour = VERDICTS[verdict.verdict]
-    st.badge(f"{verdict.verdict} strongly" if verdict.strong else verdict.verdict, icon=icon, color=colour)
+    st.badge(f"{verdict.verdict} (strong)" if verdict.strong else verdict.verdict, icon=icon, color=colour)
 
 
 def progress_bar(progress: load.Progress) -> None:

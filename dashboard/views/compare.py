@@ -82,10 +82,7 @@ def draw_tables(results: load.StudyResults, metric: str, weights: load.Parameter
     st.caption("Only the keys in which the variants differ; everything else is equal.")
 
 
-st.title("Which variants differ?", anchor=False)
-entries = parts.entries_or_stop()
-parts.study_picker(entries)
-results = parts.chosen(entries)
+results = parts.chosen(parts.entries_or_stop())
 st.markdown(results.plan.study.question)
 with st.container(horizontal=True, gap="medium"):
     names = {label: name for name, label in comparison.METRICS.items()}

@@ -64,7 +64,4 @@ def draw() -> bool:
     return progress.running
 
 
-st.title("What is running?", anchor=False)
-entries = parts.entries_or_stop()
-parts.study_picker(entries)
-parts.refreshed(draw, running=any(entry.running for entry in entries))
+parts.refreshed(draw, running=any(entry.running for entry in parts.entries_or_stop()))

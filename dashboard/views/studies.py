@@ -50,12 +50,12 @@ def draw_study(entry: load.StudyEntry) -> None:
     parts.progress_bar(load.progress(results))
     if study.gives_verdicts:
         grid = st.grid(3, min_column_width=330, border=True)
-        for card in load.claim_cards(results):
+        cards = load.claim_cards(results)
+        for card in cards:
             with grid.cell():
                 draw_claim(card, key=f"{entry.key}/{card.claim}")
-        st.caption(
-            f"Diamond and line: mean and interval; dots: every seed; grey: the margin. {load.scope_line(results)}."
-        )
+        legend = "Diamond and line: mean and interval; dots: every seed; grey: the margin. "
+        st.caption(f"{legend if any(card.dots for card in cards) else ''}{load.scope_line(results)}.")
     parts.next_step(results)
     with st.container(horizontal=True):
         here = {"study": entry.key}
@@ -73,5 +73,4 @@ def draw() -> bool:
     return any(entry.running for entry in entries)
 
 
-st.title("What did we learn?", anchor=False)
 parts.refreshed(draw, running=any(entry.running for entry in parts.entries_or_stop()))

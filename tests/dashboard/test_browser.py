@@ -114,7 +114,7 @@ def test_pages_draw_a_finished_study(page, serve, finished_runs):
     page.goto(serve(finished_runs))
     expect(page.get_by_role("heading", name="What did we learn?")).to_be_visible(timeout=MILLISECONDS)
     expect(page.locator(".js-plotly-plot")).to_have_count(2, timeout=MILLISECONDS)
-    expect(page.get_by_text("supported strongly")).to_be_visible()
+    expect(page.get_by_text("supported (strong)")).to_be_visible()
     choose(page, "Compare")
     expect(page.get_by_role("heading", name="Which variants differ?")).to_be_visible(timeout=MILLISECONDS)
     expect(page.locator(".js-plotly-plot")).to_have_count(3, timeout=MILLISECONDS)
@@ -135,6 +135,8 @@ def test_link_brings_a_view_back(page, serve, finished_runs):
     page.goto(page.url)
     expect(page.get_by_text("no margin is declared for AP50")).to_be_visible(timeout=MILLISECONDS)
     expect(page.locator(".js-plotly-plot").nth(1).locator(".scatterlayer .trace")).to_have_count(3 * 7)
+    choose(page, "Runs")
+    page.wait_for_url(re.compile(r"runs\?study=refinement_detach"))
 
 
 def test_running_study_moves_by_itself(page, serve, tmp_path, fake_results, write_runs):

@@ -93,6 +93,14 @@ def test_band_closes_around_the_known_intervals():
     assert bands[0].fillcolor.startswith("rgba(17, 34, 51")
 
 
+def test_curves_stay_on_the_scale_of_the_scores():
+    """The interval of two seeds can be wider than all AP there is; the lines must stay legible."""
+    bands, lines = curve_frames()
+    bands.loc[0, ["low", "high"]] = [-80.0, 100.0]
+    figure = charts.curves(bands, lines, x_title="epoch", y_title="AP, points", colours=COLOURS, show_seeds=False)
+    assert tuple(figure.layout.yaxis.range) == pytest.approx((0, 1.15 * 21.0))
+
+
 def test_classes_are_rows_and_variants_share_them():
     """Variants of one class stand side by side in its row, with their spread."""
     frame = pd.DataFrame(
