@@ -40,6 +40,9 @@ def draw_differences(results: load.StudyResults, metric: str, weights: load.Para
         f"Diamond and line: mean and {comparison.level(results):.4g} % t interval over paired seeds; dots: every seed; "
         f"{band}. {load.scope_line(results)}."
     )
+    progress = load.progress(results)
+    if progress.over < progress.planned:
+        st.caption(":material/hourglass_empty: Trials are still missing: this is a look ahead, no verdict rests on it.")
 
 
 def draw_curves(results: load.StudyResults, metric: str, weights: load.Parameters) -> None:

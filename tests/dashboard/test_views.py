@@ -135,6 +135,8 @@ def test_compare_says_what_is_missing(page, finished_runs, running_runs):
     assert not raw.get("plotly_chart")
     running = page(running_runs, "views/compare.py", metric="AP small")
     assert len(running.get("plotly_chart")) == 3
+    assert "no verdict rests on it" in texts(running)
+    assert "no verdict rests on it" not in texts(page(finished_runs, "views/compare.py"))
 
 
 def test_runs_show_every_trial_and_what_went_wrong(page, running_runs):
