@@ -109,7 +109,8 @@ def _fit(job: Job, folder: Path) -> None:
             storage_path=str(folder),
             verbose=0,
             log_to_file=True,
-            failure_config=tune.FailureConfig(max_failures=0),
+            # What a trial raises is on record and does not reach Ray, so what fails here is a process that died.
+            failure_config=tune.FailureConfig(max_failures=1),
             stop=_StopWhenAsked(job),
         ),
     )

@@ -27,7 +27,6 @@ from workbench.verdict import judge
 Executor = Literal["ray", "inline"]
 
 WAIT_SECONDS = 2.0  # between looks at a trial that another driver runs
-TRIES = 2  # a trial whose process was lost is started once more, others are not
 
 
 def run_study(  # noqa: PLR0913 - the options of the command
@@ -94,7 +93,7 @@ class _Run:
         self.executor, self.address, self.err = executor, address, err
         self.say = _line_to(err)
         self.began = time.monotonic()
-        self.tries: Counter[str] = Counter()
+        self.tried: set[str] = set()
         self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
         self.progress: Progress | None = None
@@ -159,7 +158,7 @@ class _Run:
                     return
 
     def _execute(self, trials: tuple[PlannedTrial, ...]) -> None:
-        self.tries.update(trial.trial_id for trial in trials)
+        self.tried.update(trial.trial_id for trial in trials)
         job = Job(
             specs=tuple(self.plan.specs[trial.trial_id] for trial in trials),
             runs=self.store.root,
@@ -178,35 +177,30 @@ class _Run:
             self._record_lost(trials)
 
     def _record_lost(self, trials: tuple[PlannedTrial, ...]) -> None:
-        """Write an error for trials whose process died twice; after the first time they are run again."""
+        """Write an error for trials whose process died, as Ray's second one did too."""
         for trial in trials:
             if self.store.state(trial.trial_id) not in ("pending", "interrupted"):
-                continue
-            if self.tries[trial.trial_id] < TRIES:
-                self.say(f"{trial.variant} seed {trial.seed}: its process was lost; it goes on from its checkpoint")
                 continue
             folder = self.store.trial_dir(trial.trial_id)
             write_error(
                 folder,
                 kind="worker_lost",
                 error_type="WorkerLost",
-                message=f"its process died {TRIES} times without an error, as when memory runs out; "
-                f"see {self.ref.path / 'ray'}",
+                message=f"its process died without an error, as when memory runs out; see {self.ref.path / 'ray'}",
                 attempt=len(read_attempts(folder)),
                 step=self.store.record(trial.trial_id).step,
                 trace="",
             )
 
     def _candidates(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
-        """Return the trials to run now, in order."""
-
-        def wanted(trial: PlannedTrial) -> bool:
-            if self._over(trial):
-                return False
-            state, tries = self.store.state(trial.trial_id), self.tries[trial.trial_id]
-            return state != "running" and tries < (1 if state == "failed" else TRIES)
-
-        return tuple(trial for trial in trials if wanted(trial))
+        """Return the trials to run now, in order: each is started once by a command."""
+        return tuple(
+            trial
+            for trial in trials
+            if trial.trial_id not in self.tried
+            and self.store.state(trial.trial_id) != "running"
+            and not self._over(trial)
+        )
 
     def _elsewhere(self, trials: tuple[PlannedTrial, ...]) -> bool:
         return any(self.store.state(trial.trial_id) == "running" for trial in trials)

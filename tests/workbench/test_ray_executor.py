@@ -1,0 +1,99 @@
+"""Trials as processes under Ray: they share the cores, survive kills, and leave nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from workbench import attempts
+from workbench.durable import EventReader
+from workbench.store import Store
+
+pytestmark = pytest.mark.ci
+
+SETS = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=60")
+PATIENCE = 120  # seconds, on a busy machine
+
+
+def start(study, runs, executor, *, seeds=1):
+    """Start a run of the toy study, with a hundred steps a trial."""
+    sets = [part for item in SETS for part in ("--set", item)]
+    parts = [sys.executable, "-m", "workbench", "run", str(study), "--profile", "smoke", *sets, "--runs", str(runs)]
+    return subprocess.Popen(
+        [*parts, "--executor", executor, "--seeds", str(seeds), "--tracking-uri", "http://127.0.0.1:9"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(condition, process=None):
+    """Return what `condition` returns once that is true; give up when the process has ended or time is over."""
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        if found := condition():
+            return found
+        if process is not None and process.poll() is not None:
+            raise AssertionError(process.communicate()[1])
+        time.sleep(0.1)
+    if process is not None:
+        process.kill()
+    raise AssertionError(f"nothing happened in {PATIENCE} s")
+
+
+def running(runs, *, attempt):
+    """Return (folder, worker) of a trial whose attempt of that number has written a checkpoint and goes on."""
+    for folder in (runs / "trials").glob("*"):
+        tried = attempts.read(folder)
+        steps = [item.event.step for item in EventReader(folder / "events.jsonl").poll() if item.attempt == attempt]
+        if len(tried) == attempt and tried[-1].running(folder) and max(steps, default=0) >= 4:
+            return folder, tried[-1].worker
+    return None
+
+
+def test_kills_of_worker_and_driver_cost_nothing_but_time(toy_study, tmp_path):
+    """A killed worker's trial goes on in a new process; after kill -9 of the driver no worker stays.
+
+    The same command then ends with the weights of an undisturbed inline run.
+    """
+    runs = tmp_path / "ray"
+    with start(toy_study, runs, "ray") as driver:
+        folder, worker = wait_for(lambda: running(runs, attempt=1), driver)
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_for(lambda: running(runs, attempt=2), driver)
+        workers = [tried[-1].worker for path in (runs / "trials").glob("*") if (tried := attempts.read(path))]
+        driver.kill()
+        out, err = driver.communicate()
+    assert (out, "Ray" in err, "raylet" in err) == ("", False, False)
+    wait_for(lambda: not any(item.alive() for item in workers))
+    for executor, place in (("ray", runs), ("inline", tmp_path / "inline")):
+        with start(toy_study, place, executor) as process:
+            _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert _hashes(runs) == _hashes(tmp_path / "inline")
+    assert Store(runs).record(folder.name).attempts == 3
+
+
+def test_ctrl_c_ends_in_good_order(toy_study, tmp_path):
+    """One Ctrl-C: running trials write a checkpoint, nothing new begins, exit code 130 and the line that goes on."""
+    with start(toy_study, tmp_path, "ray", seeds=2) as driver:
+        wait_for(lambda: running(tmp_path, attempt=1), driver)
+        driver.send_signal(signal.SIGINT)
+        _, err = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 130, err
+    assert "To go on: python -m workbench run" in err
+    tried = {path.name: attempts.read(path)[-1].outcome for path in (tmp_path / "trials").glob("*")}
+    assert "interrupted" in tried.values()
+    assert None not in tried.values()
+    assert len(tried) < 4
+
+
+def _hashes(runs):
+    paths = sorted((runs / "trials").glob("*/result.json"))
+    assert len(paths) == 2
+    return {path.parent.name: json.loads(path.read_text())["weights_hash"] for path in paths}
