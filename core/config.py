@@ -188,8 +188,8 @@ class ModelConfig(Part):
             found.append(
                 f"hidden_dim {self.hidden_dim} is not divisible by num_heads {self.num_heads}: choose a multiple"
             )
-        if self.hidden_dim % 4:
-            found.append(f"hidden_dim {self.hidden_dim} is not divisible by 4, which the sine embedding needs")
+        if self.hidden_dim % 8:
+            found.append(f"hidden_dim {self.hidden_dim} is not divisible by 8, which GroupNorm and the sine need")
         if self.num_levels < len(self.strides):
             found.append(
                 f"num_levels {self.num_levels} is below the {len(self.strides)} strides {list(self.strides)}: "

@@ -16,20 +16,22 @@ from core.model.neck import Neck
 from core.model.position import LevelPosition, SineQueryPosition, StaticQueryPosition
 from core.model.queries import ClassHead, EncoderHeads, LearnedBoxes, LearnedPoints, SelectedFromEncoder
 from core.model.refinement import BoxHead
+from core.seeding import seeded
 
 
 def build_model(config: c.ModelConfig, *, num_classes: int, seed: int) -> DETR:
     """Build the model on the CPU with weights from `seed`, then load pretrained ones where the config names them."""
-    backbone = _backbone(config)
-    model = DETR(
-        backbone=backbone,
-        neck=Neck(channels=backbone.channels, dim=config.hidden_dim, num_levels=config.num_levels),
-        encoder=_encoder(config),
-        encoder_heads=_encoder_heads(config, num_classes),
-        query_sources=[_queries(config)],
-        decoder=_decoder(config),
-        class_heads=nn.ModuleList(ClassHead(config.hidden_dim, num_classes) for _ in range(_num_heads(config))),
-    )
+    with seeded(seed, "construction"):  # what constructors draw is replaced below
+        backbone = _backbone(config)
+        model = DETR(
+            backbone=backbone,
+            neck=Neck(channels=backbone.channels, dim=config.hidden_dim, num_levels=config.num_levels),
+            encoder=_encoder(config),
+            encoder_heads=_encoder_heads(config, num_classes),
+            query_sources=[_queries(config)],
+            decoder=_decoder(config),
+            class_heads=nn.ModuleList(ClassHead(config.hidden_dim, num_classes) for _ in range(_num_heads(config))),
+        )
     initialise(model, seed=seed)
     backbone.load_pretrained()
     return model

@@ -1,7 +1,5 @@
 """From backbone maps to a pyramid of equal width: 1x1 convolutions and strided extra levels (Deformable DETR, 4.1)."""
 
-import math
-
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
@@ -26,7 +24,7 @@ class Neck(nn.Module):
 
     def __init__(self, *, channels: tuple[int, ...], dim: int, num_levels: int) -> None:
         super().__init__()
-        groups = math.gcd(32, dim)  # 32 as in the reference, where it divides
+        groups = max(1, dim // 8)  # of 8 channels: 32 at the reference's 256
         lateral = [nn.Sequential(_Projection(c, dim, 1), nn.GroupNorm(groups, dim)) for c in channels]
         extra_inputs = [channels[-1], *[dim] * num_levels][: num_levels - len(channels)]
         extra = [

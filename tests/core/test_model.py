@@ -1,0 +1,231 @@
+"""The model as a whole: sizes of the published models, padding, starting weights, gradients."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from core.config import (
+    Decoder,
+    Encoder,
+    EncoderSupervision,
+    LearnedQueries,
+    LossConfig,
+    ModelConfig,
+    Refinement,
+    SelectedQueries,
+    SmallResNet,
+)
+from core.loss.criterion import build_criterion
+from core.model.build import build_model
+from core.model.detr import blocked_mask, join
+from core.types import Batch, FeaturePyramid, QuerySet, Target
+
+SMALL = {
+    "hidden_dim": 32,
+    "num_heads": 4,
+    "ffn_dim": 48,
+    "dropout": 0.0,
+    "backbone": SmallResNet(width=4),
+    "encoder": Encoder(num_layers=2, num_points=2),
+    "decoder": Decoder(num_layers=2, num_points=2),
+    "queries": LearnedQueries(num_queries=6),
+    "num_levels": 4,
+}
+DETACHED = Refinement(residual_base="detached", sampling_reference="detached")
+KINDS = {
+    "points": {},
+    "points_refined": {"refinement": DETACHED, "heads": "separate"},
+    "boxes": {
+        "queries": LearnedQueries(num_queries=6, reference="box"),
+        "query_position": "sine_of_reference",
+        "refinement": DETACHED,
+        "heads": "separate",
+    },
+    "boxes_static": {"queries": LearnedQueries(num_queries=6, reference="box")},
+    "two_stage": {
+        "queries": SelectedQueries(num_queries=6),
+        "encoder_supervision": EncoderSupervision(),
+        "refinement": DETACHED,
+        "heads": "separate",
+    },
+    "two_stage_sine": {
+        "queries": SelectedQueries(num_queries=6),
+        "query_position": "sine_of_reference",
+        "encoder_supervision": EncoderSupervision(labels="class_aware", tokens="selected"),
+        "refinement": DETACHED,
+    },
+    "supervised_encoder": {"encoder_supervision": EncoderSupervision(labels="class_aware")},
+}
+
+
+def _model(kind="boxes", *, seed=0, **changes):
+    return build_model(ModelConfig(**{**SMALL, **KINDS[kind], **changes}), num_classes=3, seed=seed)
+
+
+def _batch(*sizes, seed=0):
+    """Pictures of the given (H, W), padded to the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    images = torch.zeros(len(sizes), 3, height, width, dtype=torch.uint8)
+    padding_mask = torch.ones(len(sizes), height, width, dtype=torch.bool)
+    targets = []
+    for index, (h, w) in enumerate(sizes):
+        images[index, :, :h, :w] = torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
+        padding_mask[index, :h, :w] = False
+        boxes = torch.rand(2, 4, generator=generator) * 0.3 + 0.2
+        labels = torch.randint(0, 3, (2,), generator=generator)
+        targets.append(Target(labels=labels, boxes=boxes, picture_id=index, original_size=(h, w)))
+    return Batch(images=images, padding_mask=padding_mask, targets=tuple(targets))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "changes"),
+    [
+        pytest.param(39_847_265, {}, id="base"),
+        pytest.param(40_627_260, {"heads": "separate", "refinement": DETACHED}, id="refinement"),
+        pytest.param(
+            40_959_129,
+            {
+                "heads": "separate",
+                "refinement": DETACHED,
+                "queries": SelectedQueries(),
+                "encoder_supervision": EncoderSupervision(),
+            },
+            id="two-stage",
+        ),
+        pytest.param(33_844_193, {"strides": (32,), "num_levels": 1}, id="single scale"),
+    ],
+)
+def test_trainable_parameters_equal_the_published_models(parameters, changes):
+    """With ResNet-50 and 91 classes, each has exactly the official code's number of trainable parameters."""
+    model = build_model(ModelConfig(**changes), num_classes=91, seed=0)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_trainable_parameter_gets_a_gradient(kind):
+    """Nothing is built that the loss cannot reach, whatever the queries."""
+    model = _model(kind)
+    for module in model.modules():  # last layers start at zero, where earlier ones get an exactly zero gradient
+        if isinstance(module, torch.nn.Linear) and not module.weight.any():
+            torch.nn.init.normal_(module.weight, std=0.1)
+    batch = _batch((64, 96), (96, 64))
+    supervision = KINDS[kind].get("encoder_supervision")
+    criterion = build_criterion(LossConfig(), encoder_tokens=supervision.tokens if supervision else "all")
+    sum(term.value for term in criterion(model(batch), batch.targets)).backward()
+    unreached = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert unreached == []
+
+
+class _Given(torch.nn.Module):
+    """Stands where the backbone and the neck stand, and gives a pyramid."""
+
+    def __init__(self, pyramid):
+        super().__init__()
+        self.pyramid = pyramid
+
+    def forward(self, *_inputs):
+        """Give it."""
+        return self.pyramid
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_change_predictions(kind):
+    """Encoder, queries and decoder predict the same from a pyramid alone as from one padded with rubbish.
+
+    (The backbone's convolutions and the neck's GroupNorm do see the padding, in the reference as here.)
+    """
+    model = _model(kind).eval()
+    generator = torch.Generator().manual_seed(3)
+    maps = [torch.randn(1, 32, h, w, generator=generator) for h, w in ((8, 12), (4, 6), (2, 3), (1, 2))]
+    padded_maps, masks = [], []
+    for level in maps:
+        height, width = level.shape[-2:]
+        larger = torch.full((1, 32, 2 * height, height + width), 7.0)
+        larger[..., :height, :width] = level
+        mask = torch.ones(1, 2 * height, height + width, dtype=torch.bool)
+        mask[:, :height, :width] = False
+        padded_maps.append(larger)
+        masks.append(mask)
+    alone = FeaturePyramid(
+        features=tuple(maps), padding_masks=tuple(torch.zeros_like(level[:, 0], dtype=torch.bool) for level in maps)
+    )
+    padded = FeaturePyramid(features=tuple(padded_maps), padding_masks=tuple(masks))
+    model.backbone = _Given(())
+    batch = _batch((64, 96))
+    outputs = []
+    for pyramid in (alone, padded):
+        model.neck = _Given(pyramid)
+        outputs.append(model(batch)[-1])
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[0].boxes, outputs[1].boxes, rtol=1e-4, atol=1e-5)
+
+
+def test_start_depends_on_the_seed_alone():
+    """The same seed gives the same weights, another seed others."""
+    first, again, other = (_model(seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["query_sources.0.content.weight"], other["query_sources.0.content.weight"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "points"])
+def test_shared_parts_start_equal_whatever_the_toggles(kind):
+    """A toggle that adds or removes a part leaves the starting weights of all common parts as they were."""
+    base, other = _model("points").state_dict(), _model(kind).state_dict()
+    shared = [name for name in base if name in other and base[name].shape == other[name].shape]
+    assert len(shared) > 80
+    different = [name for name in shared if not torch.equal(base[name], other[name])]
+    assert all("box_head" in name and name.endswith("last.bias") for name in different)  # where the size is predicted
+
+
+def test_global_random_state_is_left_alone():
+    """Building a model draws nothing from torch's global generator."""
+    state = torch.get_rng_state()
+    _model()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_query_sets_are_joined_and_kept_apart():
+    """Two groups are concatenated, each seeing what it may; a single one needs no mask."""
+    sets = [
+        QuerySet(
+            content=torch.full((1, size, 4), float(size)),
+            position=None,
+            reference=torch.rand(1, size, 4),
+            group=group,
+            sees=sees,
+        )
+        for size, group, sees in [
+            (2, "matched", frozenset({"matched"})),
+            (3, "noised", frozenset({"matched", "noised"})),
+        ]
+    ]
+    assert join(sets).content[0, :, 0].tolist() == [2, 2, 3, 3, 3]
+    assert blocked_mask(sets).int().tolist() == [[0, 0, 1, 1, 1]] * 2 + [[0, 0, 0, 0, 0]] * 3
+    assert blocked_mask(sets[:1]) is None
+
+
+def test_too_few_tokens_are_told():
+    """Selecting more queries than a picture has valid tokens is an error that says what to change."""
+    model = _model("two_stage", queries=SelectedQueries(num_queries=300))
+    with pytest.raises(ValueError, match=r"300 queries are asked of \d+ valid tokens: lower model.queries.num_queries"):
+        model(_batch((64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_position": "sine_of_reference"}, "needs box references: set queries.reference to box"),
+        ({"queries": SelectedQueries()}, "set encoder_supervision to"),
+        ({"num_levels": 2}, "raise num_levels or name fewer strides"),
+        ({"strides": (16, 8)}, "must rise"),
+        ({"hidden_dim": 36, "num_heads": 4}, "not divisible by 8"),
+        ({"encoder_supervision": EncoderSupervision(tokens="selected")}, "set tokens to all"),
+    ],
+)
+def test_illegal_combinations_are_refused_with_the_remedy(changes, message):
+    """Each rule across fields is told in words, with what to change."""
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(**changes)
