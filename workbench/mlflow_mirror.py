@@ -7,20 +7,29 @@ already has: sending again is safe, and `sync` replays exactly once.
 
 import fcntl
 import logging
-import math
 import os
 import shlex
 import threading
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from core import numerics
 from core.config import flatten, scientific
-from core.events import EpochFinished, StepsTaken
 from workbench import durable, provenance
 from workbench.errors import BusyError
-from workbench.series import numbers
+from workbench.mirror_content import (
+    STATUS,
+    Feed,
+    Point,
+    final_points,
+    reached,
+    started,
+    study_files,
+    study_params,
+    study_reached,
+    study_tags,
+    trial_files,
+    trial_tags,
+)
 from workbench.store import Store, StudyRef, StudyResults, TrialRecord
 from workbench.study import Plan, PlannedTrial
 
@@ -30,14 +39,6 @@ if TYPE_CHECKING:
 SEND_SECONDS = 2.0
 FLUSH_SECONDS = 90.0  # to finish at the end of a run; making the embedded database takes ten on a small machine
 
-STATUS = {
-    "pending": "SCHEDULED",
-    "running": "RUNNING",
-    "finished": "FINISHED",
-    "diverged": "FINISHED",  # an outcome; the tag `state` says which
-    "failed": "FAILED",
-    "interrupted": "KILLED",
-}
 _MOST_METRICS, _MOST_PARAMS = 1000, 100  # MLflow's limits for one call
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -59,7 +60,7 @@ def ui_command(tracking_uri: str) -> str:
     """Return the line that opens MLflow's pages, or their address when a server is used."""
     if tracking_uri.startswith("http"):
         return tracking_uri
-    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)} --port 5000"
+    return f"{provenance.tool('mlflow')} ui --backend-store-uri {shlex.quote(tracking_uri)} --port 5000"
 
 
 def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
@@ -90,7 +91,7 @@ class Mirror:
         self._store, self._ref, self._plan, self._warn = store, ref, plan, warn
         self._path = ref.path / "mlflow.json"
         self._state = self._read_state()
-        self._feeds: dict[str, _Feed] = {}
+        self._feeds: dict[str, Feed] = {}
         self._running: dict[str, int] = {}  # trial id -> the attempt that MLflow knows to be running
         self._finish = threading.Event()
         self._thread: threading.Thread | None = None
@@ -138,15 +139,15 @@ class Mirror:
         """Send what MLflow has not got; `last` says that the driver does no more."""
         results = self._store.results_for(self._plan)
         parent = self._parent_run(client)
-        for trial in self._started(results):
+        for trial in started(results):
             record = results.records[trial.trial_id]
-            if record.attempts and self._state["reached"].get(trial.trial_id) != _reached(record):
+            if record.attempts and self._state["reached"].get(trial.trial_id) != reached(record):
                 self._send_trial(client, parent, trial, record)
         self._send_parent(client, parent, results, last=last)
 
     def _send_trial(self, client: "MlflowClient", parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
         run = self._trial_run(client, parent, trial)
-        feed = self._feeds.setdefault(trial.trial_id, _Feed(self._store, trial.trial_id))
+        feed = self._feeds.setdefault(trial.trial_id, Feed(self._store, trial.trial_id))
         marks = self._state["watermarks"].setdefault(trial.trial_id, [0, 0])
         points, marks = feed.points(marks)
         if not points and record.state == "running" and self._running.get(trial.trial_id) == record.attempts:
@@ -154,59 +155,38 @@ class Mirror:
         self._log(client, run, points)
         self._state["watermarks"][trial.trial_id] = marks
         feed.sent()
-        client.log_batch(run, tags=_tags(self._trial_tags(trial, record)))
+        client.log_batch(run, tags=_tags(trial_tags(trial, record)))
         if record.state in ("finished", "diverged", "failed", "interrupted"):
-            self._log(client, run, self._final_points(trial, record))
-            self._send_files(client, run, trial)
+            self._log(client, run, final_points(trial, record))
+            for path, folder in trial_files(self._store, trial):
+                client.log_artifact(run, str(path), folder)
             client.set_terminated(run, STATUS[record.state])
-            self._state["reached"][trial.trial_id] = _reached(record)
+            self._state["reached"][trial.trial_id] = reached(record)
         else:
             client.update_run(run, STATUS[record.state])
             self._state["reached"].pop(trial.trial_id, None)
             self._running[trial.trial_id] = record.attempts
         self._save()
 
-    def _log(self, client: "MlflowClient", run: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+    def _log(self, client: "MlflowClient", run: str, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
         for some in _chunks(points, _MOST_METRICS):
             client.log_batch(run, metrics=[Metric(*point) for point in some])
 
-    def _final_points(self, trial: PlannedTrial, record: TrialRecord) -> list[tuple[str, float, int, int]]:
-        if record.result is None:
-            return []
-        time, step = _milliseconds(record.result["finished_at"]), record.result["step"]
-        return [
-            (f"{'final' if parameters == 'raw' else 'final_averaged'}/{name}", value, time, step)
-            for parameters, eval_id in trial.evaluations.items()
-            if eval_id in record.metrics
-            for name, value in record.metrics[eval_id].numbers().items()
-        ]
-
-    def _send_files(self, client: "MlflowClient", run: str, trial: PlannedTrial) -> None:
-        folder = self._store.trial_dir(trial.trial_id)
-        for name in ("spec.json", "events.jsonl", "result.json", "error.json"):
-            if (folder / name).exists():
-                client.log_artifact(run, str(folder / name))
-        for eval_id in trial.evaluations.values():
-            for path in sorted(self._store.evaluation_dir(trial.trial_id, eval_id).glob("[!.]*")):
-                client.log_artifact(run, str(path), f"evaluations/{eval_id}")
-
     def _send_parent(self, client: "MlflowClient", run: str, results: StudyResults, *, last: bool) -> None:
-        status = _study_status(results, self._started(results), over=last)
-        reached = [status, [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]]
-        if self._state["reached"].get("parent") == reached:
+        reached_now = study_reached(results, over=last)
+        if self._state["reached"].get("parent") == reached_now:
             return
-        tags = {f"verdict.{verdict.claim}": verdict.verdict for verdict in results.verdicts}
-        client.log_batch(run, tags=_tags({**self._study_tags(), **tags, "state": status.lower()}))
-        for path in sorted(self._ref.path.glob("*")):
-            if path.name.startswith("report") or path.name in ("plan.json", "study.yaml", "verdicts.json"):
-                client.log_artifact(run, str(path))
+        status, tags = reached_now[0], {f"verdict.{verdict.claim}": verdict.verdict for verdict in results.verdicts}
+        client.log_batch(run, tags=_tags({**tags, "state": status.lower()}))
+        for path in study_files(self._ref):
+            client.log_artifact(run, str(path))
         if status == "RUNNING":
             client.update_run(run, status)
         else:
             client.set_terminated(run, status)
-        self._state["reached"]["parent"] = reached
+        self._state["reached"]["parent"] = reached_now
         self._save()
 
     # Runs
@@ -214,33 +194,24 @@ class Mirror:
     def _parent_run(self, client: "MlflowClient") -> str:
         if self._state["parent_run_id"] is None:
             self._state["experiment_id"] = self._experiment(client)
-            study, tags = self._plan.study, self._study_tags()
+            tags = study_tags(self._plan)
             run = self._find_run(client, tags) or self._create_run(client, f"plan {self._plan.plan_hash}", tags)
+            _log_params(client, run, study_params(self._plan))
             self._state["parent_run_id"] = run
             self._save()
-            params = {
-                "question": study.question,
-                "baseline": study.baseline,
-                "variants": ", ".join(variant.name for variant in study.variants),
-                "looks": ", ".join(f"{look.seeds} seeds at alpha {look.alpha:g}" for look in study.looks),
-                **{
-                    f"claim.{claim.id}": f"{claim.text} ({claim.kind}, margin {claim.margin:g})"
-                    for claim in study.claims
-                },
-            }
-            _log_params(client, run, params)
         return self._state["parent_run_id"]
 
     def _trial_run(self, client: "MlflowClient", parent: str, trial: PlannedTrial) -> str:
         runs = self._state["runs"]
         if trial.trial_id not in runs:
             identity = {"plan_hash": self._plan.plan_hash, "trial_id": trial.trial_id}
-            tags = {**self._study_tags(), **identity, "kind": "trial", "mlflow.parentRunId": parent}
-            run = self._find_run(client, {**identity, "kind": "trial"})
-            runs[trial.trial_id] = run or self._create_run(client, f"{trial.variant} seed {trial.seed}", tags)
-            self._save()
+            tags = {**study_tags(self._plan), **identity, "kind": "trial", "mlflow.parentRunId": parent}
+            name = f"{trial.variant} seed {trial.seed}"
+            run = self._find_run(client, {**identity, "kind": "trial"}) or self._create_run(client, name, tags)
             spec = self._plan.specs[trial.trial_id]
-            _log_params(client, runs[trial.trial_id], {**flatten(scientific(spec.config)), "seed": spec.seed})
+            _log_params(client, run, {**flatten(scientific(spec.config)), "seed": spec.seed})
+            runs[trial.trial_id] = run
+            self._save()
         return runs[trial.trial_id]
 
     def _experiment(self, client: "MlflowClient") -> str:
@@ -262,39 +233,13 @@ class Mirror:
     def _create_run(self, client: "MlflowClient", name: str, tags: dict[str, str]) -> str:
         return client.create_run(self._state["experiment_id"], run_name=name, tags=tags).info.run_id
 
-    def _study_tags(self) -> dict[str, str]:
-        study = self._plan.study
-        return {"kind": "plan", "study": study.name, "profile": study.profile, "plan_hash": self._plan.plan_hash}
-
-    def _trial_tags(self, trial: PlannedTrial, record: TrialRecord) -> dict[str, Any]:
-        revision, dirty = provenance.git()
-        source = (record.result or {}).get("provenance") or {"git_revision": revision, "git_dirty": dirty}
-        return {
-            "variant": trial.variant,
-            "seed": trial.seed,
-            "git_revision": source["git_revision"],
-            "git_dirty": source["git_dirty"],
-            "numerics": numerics.VERSION,
-            "state": record.state,
-            "attempts": record.attempts,
-            **({"outcome": record.result["outcome"]} if record.result else {}),
-            **({"error": record.error["message"]} if record.error else {}),
-        }
-
     # What has been sent
-
-    def _started(self, results: StudyResults) -> tuple[PlannedTrial, ...]:
-        looks = self._plan.study.looks[: max(1, results.looks_started)]
-        return self._plan.at_look(looks[-1])
 
     def _up_to_date(self) -> bool:
         results = self._store.results_for(self._plan)
-        started = self._started(results)
-        records = {trial.trial_id: results.records[trial.trial_id] for trial in started}
-        expected = {trial_id: _reached(record) for trial_id, record in records.items() if record.attempts}
-        status = _study_status(results, started, over=True)
-        verdicts = [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]
-        return self._state["reached"] == {**expected, "parent": [status, verdicts]}
+        records = [results.records[trial.trial_id] for trial in started(results)]
+        expected = {record.trial_id: reached(record) for record in records if record.attempts}
+        return self._state["reached"] == {**expected, "parent": study_reached(results, over=True)}
 
     def _read_state(self) -> dict[str, Any]:
         """Return the ids of the runs and what they have, as left by the last driver that used the same MLflow."""
@@ -306,59 +251,6 @@ class Mirror:
 
     def _save(self) -> None:
         durable.write_json(self._path, self._state)
-
-
-class _Feed:
-    """The points of one trial that MLflow has not got."""
-
-    def __init__(self, store: Store, trial_id: str) -> None:
-        self._reader = store.reader(trial_id)
-        self._waiting: list[durable.StampedEvent] = []
-
-    def points(self, marks: list[int]) -> tuple[list[tuple[str, float, int, int]], list[int]]:
-        """Return (name, value, time, step) of what is new beyond `marks`, and the new marks.
-
-        Marks are the last steps sent of StepsTaken and EpochFinished: after a resume some steps happen again, and
-        MLflow would keep both.
-        """
-        self._waiting += self._reader.poll()
-        reached, points = list(marks), []
-        for stamped in self._waiting:
-            event = stamped.event
-            if not isinstance(event, StepsTaken | EpochFinished):
-                continue
-            kind = 0 if isinstance(event, StepsTaken) else 1
-            if event.step <= reached[kind]:
-                continue
-            reached[kind] = event.step
-            time = _milliseconds(stamped.time)
-            points += [
-                (f"{_FOLDERS[parameters]}{name}", value, time, event.step)
-                for (parameters, name), value in numbers(event).items()
-                if math.isfinite(value)  # MLflow would store an infinity as 1.8e308
-            ]
-        return points, reached
-
-    def sent(self) -> None:
-        """Forget what has been sent."""
-        self._waiting.clear()
-
-
-_FOLDERS = {"": "", "raw": "val/", "averaged": "averaged/"}
-
-
-def _reached(record: TrialRecord) -> list[Any]:
-    """What MLflow has of a trial once all of it is sent."""
-    return [record.state, record.attempts, record.step, sorted(record.metrics)]
-
-
-def _study_status(results: StudyResults, started: tuple[PlannedTrial, ...], *, over: bool) -> str:
-    states = {results.records[trial.trial_id].state for trial in started}
-    if not over:
-        return "RUNNING"
-    if states <= {"finished", "diverged"}:
-        return "FINISHED"
-    return "FAILED" if "failed" in states else "KILLED"
 
 
 def _connect(store: Store, tracking_uri: str) -> "MlflowClient":
@@ -399,7 +291,3 @@ def _tags(values: dict[str, Any]) -> list[Any]:
 
 def _chunks(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _milliseconds(time: str) -> int:
-    return round(datetime.fromisoformat(time).timestamp() * 1000)

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +76,11 @@ def visible_gpus() -> tuple[str, ...]:
     names = _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     found = tuple(names.splitlines()) if names else ()
     return found if shown is None else found[: len(shown.split(","))]
+
+
+def tool(name: str) -> str:
+    """Return how to call a program that was installed beside this Python: by name where the shell finds it."""
+    return name if shutil.which(name) else f"{shlex.quote(sys.executable)} -m {name}"
 
 
 def _git(*arguments: str) -> str | None:

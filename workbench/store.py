@@ -125,7 +125,7 @@ class Store:
         return self.trial_dir(trial_id) / "evaluations" / eval_id
 
     def predictions(self, trial_id: str, eval_id: str) -> Path:
-        """Return the file of an evaluation's predictions: columns as in `docs/records.md`."""
+        """Return the file of an evaluation's predictions: the columns of `core.evaluation.score.Evaluation`."""
         return self.evaluation_dir(trial_id, eval_id) / "predictions.parquet"
 
     def study_dir(self, plan: Plan) -> Path:

@@ -178,8 +178,8 @@ def test_numbers_that_are_none_are_not_sent(store, toy_plan, toy_trainer, client
 def test_the_printed_line_is_absolute_and_quoted(tmp_path):
     """The line works from any directory; a server is named by its address."""
     store = Store(tmp_path / "my runs")
-    line = f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/my runs/mlflow.db' --port 5000"
-    assert ui_command(default_uri(store)) == line
+    line = ui_command(default_uri(store))
+    assert line.endswith(f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/my runs/mlflow.db' --port 5000")
     assert ui_command("http://mlflow.example:5000") == "http://mlflow.example:5000"
 
 

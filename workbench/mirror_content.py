@@ -1,0 +1,154 @@
+"""What MLflow is told of records, as plain values; `mlflow_mirror` sends it."""
+
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from core import numerics
+from core.events import EpochFinished, StepsTaken
+from workbench import durable, provenance
+from workbench.series import numbers
+from workbench.store import Store, StudyRef, StudyResults, TrialRecord
+from workbench.study import Plan, PlannedTrial
+
+Point = tuple[str, float, int, int]
+"""A metric's name, value, time in milliseconds and step."""
+
+STATUS = {
+    "pending": "SCHEDULED",
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "diverged": "FINISHED",  # an outcome; the tag `state` says which
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
+
+
+class Feed:
+    """The points of one trial that MLflow has not got."""
+
+    def __init__(self, store: Store, trial_id: str) -> None:
+        self._reader = store.reader(trial_id)
+        self._waiting: list[durable.StampedEvent] = []
+
+    def points(self, marks: list[int]) -> tuple[list[Point], list[int]]:
+        """Return (name, value, time, step) of what is new beyond `marks`, and the new marks.
+
+        Marks are the last steps sent of StepsTaken and EpochFinished: after a resume some steps happen again, and
+        MLflow would keep both.
+        """
+        self._waiting += self._reader.poll()
+        reached, points = list(marks), []
+        for stamped in self._waiting:
+            event = stamped.event
+            if not isinstance(event, StepsTaken | EpochFinished):
+                continue
+            kind = 0 if isinstance(event, StepsTaken) else 1
+            if event.step <= reached[kind]:
+                continue
+            reached[kind] = event.step
+            time = _milliseconds(stamped.time)
+            points += [
+                (f"{_FOLDERS[parameters]}{name}", value, time, event.step)
+                for (parameters, name), value in numbers(event).items()
+                if math.isfinite(value)  # MLflow would store an infinity as 1.8e308
+            ]
+        return points, reached
+
+    def sent(self) -> None:
+        """Forget what has been sent."""
+        self._waiting.clear()
+
+
+_FOLDERS = {"": "", "raw": "val/", "averaged": "averaged/"}
+
+
+def final_points(trial: PlannedTrial, record: TrialRecord) -> list[Point]:
+    """Return the scores of a finished trial on the whole validation split."""
+    if record.result is None:
+        return []
+    time, step = _milliseconds(record.result["finished_at"]), record.result["step"]
+    return [
+        (f"{'final' if parameters == 'raw' else 'final_averaged'}/{name}", value, time, step)
+        for parameters, eval_id in trial.evaluations.items()
+        if eval_id in record.metrics
+        for name, value in record.metrics[eval_id].numbers().items()
+    ]
+
+
+def trial_files(store: Store, trial: PlannedTrial) -> list[tuple[Path, str | None]]:
+    """Return the files of a trial to keep as artifacts, each with its folder there."""
+    folder = store.trial_dir(trial.trial_id)
+    names = ("spec.json", "events.jsonl", "result.json", "error.json")
+    found: list[tuple[Path, str | None]] = [(folder / name, None) for name in names if (folder / name).exists()]
+    for eval_id in trial.evaluations.values():
+        paths = sorted(store.evaluation_dir(trial.trial_id, eval_id).glob("[!.]*"))
+        found += [(path, f"evaluations/{eval_id}") for path in paths]
+    return found
+
+
+def study_files(ref: StudyRef) -> list[Path]:
+    """Return the files of a study to keep as artifacts."""
+    names = ("plan.json", "study.yaml", "verdicts.json")
+    return [path for path in sorted(ref.path.glob("*")) if path.name.startswith("report") or path.name in names]
+
+
+def study_params(plan: Plan) -> dict[str, str]:
+    """Return the question, the variants and the claims as they were declared."""
+    study = plan.study
+    return {
+        "question": study.question,
+        "baseline": study.baseline,
+        "variants": ", ".join(variant.name for variant in study.variants),
+        "looks": ", ".join(f"{look.seeds} seeds at alpha {look.alpha:g}" for look in study.looks),
+        **{f"claim.{claim.id}": f"{claim.text} ({claim.kind}, margin {claim.margin:g})" for claim in study.claims},
+    }
+
+
+def study_tags(plan: Plan) -> dict[str, str]:
+    """Return what tells a plan's run from others."""
+    return {"kind": "plan", "study": plan.study.name, "profile": plan.study.profile, "plan_hash": plan.plan_hash}
+
+
+def trial_tags(trial: PlannedTrial, record: TrialRecord) -> dict[str, Any]:
+    """Return what a trial's run is known by, and how it stands."""
+    revision, dirty = provenance.git()
+    source = (record.result or {}).get("provenance") or {"git_revision": revision, "git_dirty": dirty}
+    return {
+        "variant": trial.variant,
+        "seed": trial.seed,
+        "git_revision": source["git_revision"],
+        "git_dirty": source["git_dirty"],
+        "numerics": numerics.VERSION,
+        "state": record.state,
+        "attempts": record.attempts,
+        **({"outcome": record.result["outcome"]} if record.result else {}),
+        **({"error": record.error["message"]} if record.error else {}),
+    }
+
+
+def started(results: StudyResults) -> tuple[PlannedTrial, ...]:
+    """Return the trials of the looks started, the first at least."""
+    looks = results.plan.study.looks[: max(1, results.looks_started)]
+    return results.plan.at_look(looks[-1])
+
+
+def reached(record: TrialRecord) -> list[Any]:
+    """What MLflow has of a trial once all of it is sent."""
+    return [record.state, record.attempts, record.step, sorted(record.metrics)]
+
+
+def study_reached(results: StudyResults, *, over: bool) -> list[Any]:
+    """Return the status of a plan's run, and the verdicts that it shows; `over` says that its driver does no more."""
+    verdicts = [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]
+    states = {results.records[trial.trial_id].state for trial in started(results)}
+    if not over:
+        return ["RUNNING", verdicts]
+    if states <= {"finished", "diverged"}:
+        return ["FINISHED", verdicts]
+    return ["FAILED" if "failed" in states else "KILLED", verdicts]
+
+
+def _milliseconds(time: str) -> int:
+    return round(datetime.fromisoformat(time).timestamp() * 1000)
