@@ -32,9 +32,9 @@ def outline(label: int, rng: np.random.Generator, *, aspect: float, angle: float
 
 
 def background(side: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a textured picture (side, side, 3) in two muted colours."""
-    base = _colour(rng, saturation=(0.05, 0.4), value=(0.2, 0.9))
-    other = base + rng.uniform(-1, 1, 3) * rng.uniform(15, 60)
+    """Return a textured picture (side, side, 3) in two muted, darkish colours."""
+    base = _colour(rng, saturation=(0.05, 0.3), value=(0.15, 0.45))
+    other = base + rng.uniform(-1, 1, 3) * rng.uniform(5, 30)
     return _tinted(_patch((side, side), rng, span=rng.uniform(0.6, 2.0) * TEXTURE_SPAN), base, other)
 
 
@@ -72,7 +72,7 @@ def paint(image: np.ndarray, polygons: Outline, rng: np.random.Generator) -> Non
     points = [np.array(_fixed_point(polygon - (left + 0.5, top + 0.5))) for polygon in polygons]
     cv2.fillPoly(covered, points, 255, cv2.LINE_AA, SUBPIXEL_BITS)
     base = _contrasting(region.reshape(-1, 3).mean(axis=0), rng)
-    other = base * rng.uniform(0.6, 1.0)
+    other = base * rng.uniform(0.8, 1.0)
     filling = _tinted(_patch(covered.shape, rng, span=TEXTURE_SPAN / image.shape[0] * max(covered.shape)), base, other)
     if rng.random() < 0.5:
         edge = (base * rng.uniform(0.3, 0.6)).tolist()
@@ -117,7 +117,7 @@ def _contrasting(surroundings: np.ndarray, rng: np.random.Generator) -> np.ndarr
     """Draw a colour until it stands out; the last of a few draws holds, so this ends."""
     colour = surroundings
     for _ in range(8):
-        colour = _colour(rng, saturation=(0.35, 1.0), value=(0.35, 1.0))
+        colour = _colour(rng, saturation=(0.35, 1.0), value=(0.75, 1.0))
         if np.linalg.norm(colour - surroundings) > MIN_CONTRAST:
             break
     return colour

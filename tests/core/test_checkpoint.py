@@ -1,0 +1,92 @@
+"""Checkpoints: what is durable, and what a damaged one costs."""
+
+import pickle
+
+import pytest
+import torch
+
+from core.checkpoint import is_intact, load_checkpoint, load_newest, save_checkpoint, weights_hash
+
+
+def _state(value):
+    return {"raw": {"weight": torch.full((3,), float(value))}}
+
+
+def test_the_newest_two_are_kept(tmp_path):
+    """Saving a third drops the first, with its checksum."""
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, _state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_000000002.pt",
+        "step_000000002.pt.sha256",
+        "step_000000003.pt",
+        "step_000000003.pt.sha256",
+    ]
+    state, path = load_newest(tmp_path)
+    assert (state["step"], path.name) == (3, "step_000000003.pt")
+    assert torch.equal(state["raw"]["weight"], torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "no checksum", "deleted"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    """Whatever befell the newest file, the previous one is loaded."""
+    save_checkpoint(tmp_path, 1, _state(1))
+    newest = save_checkpoint(tmp_path, 2, _state(2))
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped byte":
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    elif damage == "truncated":
+        newest.write_bytes(content[:-10])
+    elif damage == "no checksum":
+        newest.with_name(newest.name + ".sha256").unlink()
+    else:
+        newest.unlink()
+    assert not is_intact(newest)
+    assert load_newest(tmp_path)[0]["step"] == 1
+
+
+def test_nothing_to_load(tmp_path):
+    """A folder without an intact checkpoint, or none at all, gives None."""
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "missing") is None
+
+
+class _Malicious:
+    def __reduce__(self):
+        return (print, ("code in a checkpoint was run",))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    """A pickle that would run code is refused."""
+    path = tmp_path / "step_000000001.pt"
+    torch.save({"format": 1, "raw": _Malicious()}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_later_format_is_refused(tmp_path):
+    """A checkpoint of another format says which one it has."""
+    path = tmp_path / "step_000000001.pt"
+    torch.save({"format": 9}, path)
+    with pytest.raises(ValueError, match="format 9, this version reads 1"):
+        load_checkpoint(path)
+
+
+def test_weights_hash_sees_every_byte_and_name():
+    """Equal weights hash equally; another value, name or dtype does not."""
+    weight = torch.arange(4.0)
+    reference = weights_hash({"a": weight})
+    assert reference == weights_hash({"a": weight.clone()})
+    assert (
+        len(
+            {
+                reference,
+                weights_hash({"b": weight}),
+                weights_hash({"a": weight + 1e-7 * weight}),
+                weights_hash({"a": weight.double()}),
+            }
+        )
+        == 4
+    )
