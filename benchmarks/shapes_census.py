@@ -17,13 +17,13 @@ from core.config import Shapes
 from core.data.drawing import CLASS_NAMES
 from core.data.fingerprint import SHAPES_VERSION
 from core.data.pictures import DataSplits
-from core.data.shapes import FIRST_INDEX, SIZE_THRESHOLDS, Scene, areas, covered_shares, draw
+from core.data.shapes import FIRST_INDEX, SIZE_THRESHOLDS, SIZES, Scene, areas, covered_shares, draw
 from core.data.splits import open_data
 from core.evaluation.coco_ap import coco_metrics
 from core.seeding import numpy_stream
 from core.types import Detections
 
-SIZE_EDGES = (0.06, 0.09, SIZE_THRESHOLDS[0], 0.18, 0.24, SIZE_THRESHOLDS[1], 0.42, 0.6)
+SIZE_EDGES = (SIZES[0], 0.1, SIZE_THRESHOLDS[0], 0.18, 0.24, SIZE_THRESHOLDS[1], 0.42, SIZES[1])
 COVERED_EDGES = (0, 1e-9, 0.1, 0.2, 0.3, 0.4)
 SHEET_ROWS, SHEET_COLUMNS, SHEET_SIDE, GAP = 3, 8, 128, 4
 
