@@ -1,7 +1,8 @@
 """The statistics behind verdicts: arrays in, named results out. Formulas and reasons are in `docs/statistics.md`.
 
-Everything is about paired differences: one number for each seed, in the metric's unit. scipy and statsmodels do the
-work and are imported on first use, because they take longer to load than `status` may take to answer.
+Everything is about paired differences: one number for each seed, in the metric's unit. Quantiles come from
+`scipy.special`; `scipy.stats`, `scipy.optimize` and statsmodels take longer to load than `plan` may take to answer, so
+only a judgement imports what it needs of them, on first use.
 """
 
 import bisect
@@ -51,7 +52,7 @@ def paired_interval(differences: Sequence[float], *, alpha: float) -> Interval:
     Raises:
         ValueError: with fewer than two differences, or alpha outside (0, .5).
     """
-    from scipy import stats
+    from scipy import special
 
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:
@@ -63,26 +64,29 @@ def paired_interval(differences: Sequence[float], *, alpha: float) -> Interval:
         return Interval(
             estimate=mean, low=mean, high=mean, inner_low=mean, inner_high=mean, sd=0.0, n=len(values), p_value=None
         )
-    test = stats.ttest_1samp(values, 0.0)
-    outer, inner = test.confidence_interval(1 - alpha), test.confidence_interval(1 - 2 * alpha)
+    error, freedom = sd / math.sqrt(len(values)), len(values) - 1
+    outer, inner = _t_quantile(1 - alpha / 2, freedom) * error, _t_quantile(1 - alpha, freedom) * error
     return Interval(
         estimate=mean,
-        low=float(outer.low),
-        high=float(outer.high),
-        inner_low=float(inner.low),
-        inner_high=float(inner.high),
+        low=mean - outer,
+        high=mean + outer,
+        inner_low=mean - inner,
+        inner_high=mean + inner,
         sd=sd,
         n=len(values),
-        p_value=float(test.pvalue),  # pyright: ignore[reportAttributeAccessIssue] - scipy names it at run time
+        p_value=2 * float(special.stdtr(freedom, -abs(mean) / error)),
     )
 
 
 def reachable(n: int, sd: float, alpha: float) -> Reachable:
-    """Return what `n` seeds can show with 80 % probability when paired differences have standard deviation `sd`."""
-    from scipy.optimize import brentq
+    """Return what `n` seeds can show with 80 % probability when paired differences have standard deviation `sd`.
+
+    The answer is rounded up to a ten-thousandth of `sd`.
+    """
 
     def smallest(chance: Callable[[int, float, float], float]) -> float:
-        return sd * float(brentq(lambda size: chance(n, size, alpha) - POWER, 0.0, 1e5))  # pyright: ignore[reportArgumentType] - a float unless full_output
+        steps = bisect.bisect_left(range(10**9), POWER, key=lambda step: chance(n, step / 10_000, alpha))
+        return sd * steps / 10_000
 
     return Reachable(effect=smallest(direction_power), equivalence_margin=smallest(equivalence_power))
 
@@ -96,10 +100,8 @@ def seeds_needed(
     shown to be smaller than `margin`. `pilot` is the number of seeds that `sd` was estimated from: the plan then uses
     the one-sided 80 % upper limit of the true sd, since half of all pilots underestimate it.
     """
-    from scipy import stats
-
     if pilot is not None:
-        sd *= math.sqrt((pilot - 1) / stats.chi2.ppf(1 - POWER, pilot - 1))
+        sd *= math.sqrt((pilot - 1) / _chi2_quantile(np.asarray(1 - POWER), pilot - 1))
     chance = equivalence_power if equivalence else direction_power
     size = margin / max(sd, NO_SPREAD)
     seeds = range(2, MOST_SEEDS + 1)
@@ -109,16 +111,16 @@ def seeds_needed(
 
 def direction_power(n: int, effect: float, alpha: float) -> float:
     """Return the chance that the interval lies above 0 when the true difference is `effect` standard deviations."""
-    from scipy import special, stats
+    from scipy import special
 
-    return float(np.mean(special.ndtr(effect * math.sqrt(n) - stats.t.ppf(1 - alpha / 2, n - 1) * _spreads(n))))
+    return float(np.mean(special.ndtr(effect * math.sqrt(n) - _t_quantile(1 - alpha / 2, n - 1) * _spreads(n))))
 
 
 def equivalence_power(n: int, margin: float, alpha: float) -> float:
     """Return the chance that the inner interval lies within `margin` standard deviations when the truth is 0."""
-    from scipy import special, stats
+    from scipy import special
 
-    room = margin * math.sqrt(n) - stats.t.ppf(1 - alpha, n - 1) * _spreads(n)
+    room = margin * math.sqrt(n) - _t_quantile(1 - alpha, n - 1) * _spreads(n)
     return float(np.mean(2 * special.ndtr(np.maximum(room, 0)) - 1))
 
 
@@ -128,9 +130,19 @@ def _spreads(n: int) -> NDArray[np.float64]:
     The sample's mean and sd are independent, so a chance given the sd, averaged over these, is the chance itself. That
     stays exact at two to five seeds, where the noncentral t of scipy, which statsmodels' power uses, turns into NaN.
     """
-    from scipy import stats
+    return np.sqrt(_chi2_quantile((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
 
-    return np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
+
+def _t_quantile(probability: float, freedom: int) -> float:
+    from scipy import special
+
+    return float(special.stdtrit(freedom, probability))
+
+
+def _chi2_quantile(probability: NDArray[np.float64], freedom: int) -> NDArray[np.float64]:
+    from scipy import special
+
+    return 2 * special.gammaincinv(freedom / 2, probability)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float | None:

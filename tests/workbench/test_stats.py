@@ -21,6 +21,18 @@ def test_interval_is_the_t_interval_by_hand():
     assert (interval.estimate, interval.sd, interval.n) == pytest.approx((mean, np.std(DIFFERENCES, ddof=1), 5))
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 30, 200])
+@pytest.mark.parametrize("alpha", [0.0005, 0.02, 0.05, 0.4])
+def test_interval_and_p_agree_with_scipy(n, alpha):
+    """Both intervals and the p value are those of scipy's own t test, also at two seeds and at tiny levels."""
+    values = np.random.default_rng(n).normal(0.01, 0.02, n)
+    interval, test = stats.paired_interval(list(values), alpha=alpha), scipy_stats.ttest_1samp(values, 0)
+    outer, inner = test.confidence_interval(1 - alpha), test.confidence_interval(1 - 2 * alpha)
+    assert (interval.low, interval.high) == pytest.approx(tuple(outer), rel=1e-9)
+    assert (interval.inner_low, interval.inner_high) == pytest.approx(tuple(inner), rel=1e-9)
+    assert interval.p_value == pytest.approx(test.pvalue, rel=1e-9)
+
+
 @pytest.mark.parametrize("margin", [0.02, 0.03, 0.035, 0.04, 0.06])
 def test_inner_interval_agrees_with_tost(margin):
     """The inner interval lies within the margin exactly when statsmodels' two one-sided tests reject."""
