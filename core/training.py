@@ -271,12 +271,10 @@ def _save(trainer: Trainer, checkpoints: Path, on_event: Callable[[Event], None]
 
 
 def _subset_metrics(trainer: Trainer) -> dict[str, Metrics]:
-    config = trainer.config
-    indices = subset_indices(len(trainer.data.scored), config.evaluation.training_subset)
+    config = trainer.config.evaluation
+    indices = subset_indices(len(trainer.data.scored), config.training_subset)
     return {
-        parameters: score(
-            detector, config, top_k=config.evaluation.top_k, data=trainer.data, indices=indices, device=trainer.device
-        )
+        parameters: score(detector, top_k=config.top_k, data=trainer.data, indices=indices, device=trainer.device)
         for parameters, detector in trainer.scored().items()
     }
 

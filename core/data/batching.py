@@ -34,13 +34,7 @@ def training_batch(data: DataSplits, config: ExperimentConfig, *, seed: int, ste
     return collate(pictures)
 
 
-def scoring_batches(
-    pictures: PictureSet,
-    indices: Sequence[int],
-    config: ExperimentConfig,  # noqa: ARG001 - the seam of both kinds of batch; scored pictures come resized
-    *,
-    batch_size: int,
-) -> Iterator[Batch]:
+def scoring_batches(pictures: PictureSet, indices: Sequence[int], *, batch_size: int) -> Iterator[Batch]:
     """Yield the pictures of the indices in that order, not augmented; the last batch may be smaller."""
     for start in range(0, len(indices), batch_size):
         yield collate([pictures.read(index) for index in indices[start : start + batch_size]])

@@ -37,17 +37,11 @@ class Evaluation:
 
 
 def score(
-    detector: DetrDetector,
-    config: ExperimentConfig,
-    *,
-    top_k: int,
-    data: DataSplits,
-    indices: Sequence[int],
-    device: torch.device,
+    detector: DetrDetector, *, top_k: int, data: DataSplits, indices: Sequence[int], device: torch.device
 ) -> Metrics:
     """Return the COCO numbers on the pictures `indices` of the scored split."""
     detections: list[Detections] = []
-    for batch, prediction in _predictions(detector, config, data, indices, device):
+    for batch, prediction in _predictions(detector, data, indices, device):
         detections.extend(to_detections(prediction, batch.targets, top_k=top_k))
     return _metrics(detections, data, indices)
 
@@ -68,7 +62,7 @@ def evaluate(
     match = HungarianMatcher(cost_class=matcher.cost_class, cost_l1=matcher.cost_l1, cost_giou=matcher.cost_giou)
     detections: list[Detections] = []
     rows: list[dict[str, np.ndarray]] = []
-    for batch, prediction in _predictions(detector, config, data, indices, device):
+    for batch, prediction in _predictions(detector, data, indices, device):
         detections.extend(to_detections(prediction, batch.targets, top_k=evaluation.top_k))
         rows.extend(_rows(batch, prediction, match))
     columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
@@ -78,10 +72,10 @@ def evaluate(
 
 
 def _predictions(
-    detector: DetrDetector, config: ExperimentConfig, data: DataSplits, indices: Sequence[int], device: torch.device
+    detector: DetrDetector, data: DataSplits, indices: Sequence[int], device: torch.device
 ) -> Iterator[tuple[Batch, Prediction]]:
     detector.eval()
-    for batch in scoring_batches(data.scored, indices, config, batch_size=SCORING_BATCH):
+    for batch in scoring_batches(data.scored, indices, batch_size=SCORING_BATCH):
         moved = batch.to(device)
         yield moved, detector.predict(moved)
 

@@ -145,7 +145,7 @@ def test_channels_are_rgb_in_order():
 
 def test_scoring_follows_the_indices_without_augmentation(data):
     """Pictures come in the order asked for, as they are; the last batch holds what is left."""
-    batches = list(scoring_batches(data.scored, [4, 0, 2], config(), batch_size=2))
+    batches = list(scoring_batches(data.scored, [4, 0, 2], batch_size=2))
     assert [len(batch.targets) for batch in batches] == [2, 1]
     seen = [target.picture_id for batch in batches for target in batch.targets]
     assert seen == [data.scored.picture_ids[index] for index in (4, 0, 2)]

@@ -346,7 +346,7 @@ def test_batches_of_real_pictures(folder):
     data = open_folder(folder, config.data)
     shapes = {tuple(training_batch(data, config, seed=0, step=step).images.shape[2:]) for step in range(8)}
     assert len(shapes) > 2
-    (batch,) = scoring_batches(data.scored, [0, 1], config, batch_size=4)
+    (batch,) = scoring_batches(data.scored, [0, 1], batch_size=4)
     assert batch.images.shape == (2, 3, 40, 53)
     x, y, w, h = batch.targets[0].boxes[0].tolist()
     assert (x * WIDTH, y * HEIGHT, w * WIDTH, h * HEIGHT) == pytest.approx((20, 20, 20, 16), abs=1e-4)
