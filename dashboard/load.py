@@ -17,14 +17,20 @@ from typing import Any, get_args
 import pandas as pd
 
 from workbench import comparison, palette, report
-from workbench.comparison import POINTS
 from workbench.errors import StoreError
+from workbench.labels import METRICS, POINTS
 from workbench.progress import best_ap, last_speed, share
 from workbench.store import Store, StudyRef, StudyResults, TrialState
 from workbench.study import Parameters, PlannedTrial
 from workbench.verdict import Verdict
 
-__all__ = ["Parameters", "StoreError", "Verdict", "comparison"]  # what the pages use of the workbench as it is
+__all__ = [
+    "METRICS",
+    "Parameters",
+    "StoreError",
+    "Verdict",
+    "comparison",
+]  # what the pages use of the workbench as it is
 
 STATES: tuple[TrialState, ...] = get_args(TrialState)
 MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` answers unless told otherwise

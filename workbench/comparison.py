@@ -8,19 +8,11 @@ import pandas as pd
 from core.metrics import Metrics
 from workbench import stats
 from workbench.differences import differences as config_keys
+from workbench.labels import METRICS, POINTS
 from workbench.store import StudyResults
 from workbench.study import Parameters, PlannedTrial
 
-POINTS = 100.0
 CURVE_ALPHA = 0.05  # learning curves carry 95 % bands; only verdicts spend alpha
-METRICS = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-}
 
 Axis = Literal["epoch", "training seconds"]
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from workbench import stats
+from workbench.labels import POINTS
 from workbench.palette import VERDICT_COLOURS, variant_colours
 from workbench.store import StudyResults
 from workbench.study import Term
@@ -36,7 +37,6 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "detr-ablation-workbench",  # the same figure is the same file
 }
-_POINTS = 100
 _CURVE_ALPHA = 0.05  # curves show a plain 95 % band; only verdicts spend alpha
 
 
@@ -86,17 +86,15 @@ def forest(verdicts: tuple[Verdict, ...]) -> Figure:
 
 def _forest_row(axes: Axes, y: float, verdict: Verdict) -> None:
     colour = VERDICT_COLOURS[verdict.verdict]
-    margin = _POINTS * verdict.margin
+    margin = POINTS * verdict.margin
     axes.fill_betweenx([y - 0.42, y + 0.42], -margin, margin, color=_SOFT, alpha=0.16, linewidth=0)
-    dots = [_POINTS * value for value in verdict.differences.values()]
+    dots = [POINTS * value for value in verdict.differences.values()]
     axes.scatter(dots, [y - 0.2] * len(dots), s=22, color=colour, alpha=0.55, linewidth=0, zorder=3)
     said = verdict.verdict + (" (post hoc)" if verdict.post_hoc else "")
     if verdict.effect is not None and verdict.low is not None and verdict.high is not None:
-        axes.plot(
-            [_POINTS * verdict.low, _POINTS * verdict.high], [y + 0.08] * 2, color=colour, linewidth=2.2, zorder=3
-        )
-        axes.plot(_POINTS * verdict.effect, y + 0.08, "o", color=colour, markersize=8, zorder=4)
-        said = f"{_POINTS * verdict.effect:+.1f}  {said}"
+        axes.plot([POINTS * verdict.low, POINTS * verdict.high], [y + 0.08] * 2, color=colour, linewidth=2.2, zorder=3)
+        axes.plot(POINTS * verdict.effect, y + 0.08, "o", color=colour, markersize=8, zorder=4)
+        said = f"{POINTS * verdict.effect:+.1f}  {said}"
     axes.annotate(
         said,
         (1.01, y),
@@ -140,7 +138,7 @@ def _curve(results: StudyResults, trial_id: str, term: Term | None) -> dict[int,
         metrics = event.metrics.get(term.parameters if term else "averaged")
         value = getattr(metrics, term.metric if term else "ap") if metrics else None
         if value is not None:
-            found[event.epoch] = _POINTS * value
+            found[event.epoch] = POINTS * value
     return found
 
 

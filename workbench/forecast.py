@@ -7,11 +7,10 @@ from typing import Any
 from workbench import stats
 from workbench.differences import differences
 from workbench.evidence import gather
-from workbench.plan import FEWEST_SEEDS
+from workbench.labels import POINTS
 from workbench.store import StudyResults
-from workbench.study import Look
+from workbench.study import FEWEST_SEEDS, Look
 
-POINTS = 100.0
 DONE = ("finished", "diverged")
 
 

@@ -19,9 +19,8 @@ from core import numerics
 from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, SmallResNet, scientific
 from core.data.fingerprint import DataProblem, check_folder, fingerprint
 from workbench.errors import DataError, StoreError
-from workbench.study import Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
+from workbench.study import FEWEST_SEEDS, Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
 
-FEWEST_SEEDS = 5  # below it no look gives a verdict
 FORMAT = 1
 TRIAL_ID_DIGITS, EVAL_ID_DIGITS, PLAN_HASH_DIGITS = 16, 12, 12
 

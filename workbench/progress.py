@@ -12,6 +12,7 @@ from typing import TextIO
 from core.events import StepsTaken
 from core.metrics import Metrics
 from workbench.durable import StampedEvent
+from workbench.labels import POINTS
 from workbench.store import Store, TrialRecord
 from workbench.study import PlannedTrial
 
@@ -110,7 +111,7 @@ class Progress:
             str(trial.seed),
             record.state,
             f"{'█' * filled}{'·' * (BAR - filled)} {share(record):4.0%}",
-            "" if best is None else f"{100 * best:.1f}",
+            "" if best is None else f"{POINTS * best:.1f}",
             f"{speed:.0f}" if running and speed else "",
             duration(_left(record)) if running and record.step else "",
         )
@@ -196,7 +197,7 @@ def _left(record: TrialRecord) -> float:
 def _ending(record: TrialRecord) -> str:
     best = best_ap(record)
     if record.state == "finished" and best is not None:
-        return f"finished, AP {100 * best:.1f}, {duration(record.total_seconds)}"
+        return f"finished, AP {POINTS * best:.1f}, {duration(record.total_seconds)}"
     if record.error is not None and record.state == "failed":
         return f"failed: {record.error['message'].splitlines()[0]}"
     return record.state

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from core.metrics import Metrics
 from workbench import report_formats
+from workbench.labels import METRICS, POINTS
 from workbench.store import StudyResults, TrialRecord
 from workbench.study import Claim, Parameters
 from workbench.verdict import Verdict
 
 Format = Literal["text", "md", "html", "latex"]
-POINTS = 100
 MOST_CLASSES = 12  # more would bury the rest of the report
-_COLUMNS = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small", "ap_medium": "AP medium", "ap_large": "AP large"}
+_COLUMNS = {name: label for name, label in METRICS.items() if name != "ap75"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +160,7 @@ def _caption(results: StudyResults) -> str:
     """Return what the numbers are: metric, pictures, checkpoint, seeds, interval, margin, looks, scope."""
     study = results.plan.study
     terms = [term for claim in study.claims for term in claim.terms]
-    metrics = " and ".join(dict.fromkeys(_COLUMNS.get(term.metric, term.metric) for term in terms))
+    metrics = " and ".join(dict.fromkeys(METRICS.get(term.metric, term.metric) for term in terms))
     weights = " and ".join(dict.fromkeys(term.parameters for term in terms))
     splits = " and ".join(sorted({variant.config.data.split for variant in study.variants}))
     pictures = " or ".join(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workbench.labels import POINTS
 from workbench.palette import VERDICT_COLOURS
 from workbench.verdict import Verdict
 
@@ -58,7 +59,7 @@ def strip(verdict: Verdict, reach: float) -> str:
     cells[place(0.0)] = "┼"
     for value in verdict.differences.values():
         cells[place(value)] = "●"
-    return f"{-100 * reach:+.1f} {''.join(cells)} {100 * reach:+.1f}"
+    return f"{-POINTS * reach:+.1f} {''.join(cells)} {POINTS * reach:+.1f}"
 
 
 def markdown(contents: Contents, out: Path | None) -> str:

@@ -3,10 +3,9 @@
 from collections import Counter
 from typing import Any
 
+from workbench.labels import POINTS
 from workbench.store import StudyResults, TrialRecord
 from workbench.study import Parameters, PlannedTrial
-
-POINTS = 100  # screens show AP points, files hold fractions
 
 
 def describe(results: StudyResults) -> dict[str, Any]:

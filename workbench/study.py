@@ -12,6 +12,8 @@ from core.config import EvaluationConfig, ExperimentConfig
 
 Parameters = Literal["averaged", "raw"]
 
+FEWEST_SEEDS = 5  # of a verdict: below, one collapsed seed decides, and intervals are wider than any useful margin
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench import stats
 from workbench.evidence import Evidence, gather
-from workbench.study import Claim, Look
+from workbench.labels import POINTS
+from workbench.study import FEWEST_SEEDS, Claim, Look
 
 if TYPE_CHECKING:  # store keeps verdicts
     from workbench.store import StudyResults
 
-FEWEST_SEEDS = 5  # below, one collapsed seed decides, and the t interval is wider than any margin worth having
 LEARNED_AP = 0.1  # a baseline below has learned too little for its variants to mean anything
 
 Word = Literal["supported", "refuted", "equivalent", "undecided"]
@@ -214,14 +214,14 @@ def _why_unfit(evidence: Evidence, planned: int) -> str | None:
     if len(evidence.terms) < FEWEST_SEEDS:
         return f"only {len(evidence.terms)} of {planned} seeds have a score to compare; a verdict takes {FEWEST_SEEDS}"
     if evidence.baseline_ap is None or evidence.baseline_ap < LEARNED_AP:
-        reached = "no AP" if evidence.baseline_ap is None else f"AP {100 * evidence.baseline_ap:.1f}"
-        return f"the baseline has not learned: {reached} is below {100 * LEARNED_AP:.0f}; train longer"
+        reached = "no AP" if evidence.baseline_ap is None else f"AP {POINTS * evidence.baseline_ap:.1f}"
+        return f"the baseline has not learned: {reached} is below {POINTS * LEARNED_AP:.0f}; train longer"
     return None
 
 
 def _decided_because(claim: Claim, word: Word, interval: stats.Interval, evidence: Evidence) -> str:
     """Return in words which side of 0 and of the margin the interval lies on."""
-    margin = f"{100 * claim.margin:g} points"
+    margin = f"{POINTS * claim.margin:g} points"
     if -claim.margin < interval.inner_low and interval.inner_high < claim.margin:
         sign = "positive" if interval.low > 0 else "negative" if interval.high < 0 else ""
         return f"any difference is smaller than {margin}" + (f": statistically {sign}, practically nil" if sign else "")
@@ -249,7 +249,7 @@ def _for_want_of_seeds(
         pilot=interval.n,
         equivalence=claim.kind == "equivalence",
     )
-    span = f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f} points are all possible"
+    span = f"{POINTS * interval.low:+.1f} to {POINTS * interval.high:+.1f} points are all possible"
     go_on = f"--until-decided goes on to {later[0].seeds}" if later else "plan a later look"
     if needed is None:
         return None, f"{span}; more than {stats.MOST_SEEDS} seeds are needed: widen the margin or score more pictures"

@@ -23,7 +23,7 @@ def switch(label: str, options: Sequence[T], *, key: str, default: T, explanatio
 
 def draw_differences(results: load.StudyResults, metric: str, weights: load.Parameters) -> None:
     """Draw the paired differences to the baseline, or say what is missing."""
-    label, baseline = comparison.METRICS[metric], results.plan.study.baseline
+    label, baseline = load.METRICS[metric], results.plan.study.baseline
     st.subheader(f"Difference to {baseline}", anchor=False)
     differences, dots = comparison.differences(results, metric, weights)
     if dots.empty:
@@ -47,7 +47,7 @@ def draw_differences(results: load.StudyResults, metric: str, weights: load.Para
 
 def draw_curves(results: load.StudyResults, metric: str, weights: load.Parameters) -> None:
     """Draw the learning curves against epochs or training time."""
-    label = comparison.METRICS[metric]
+    label = load.METRICS[metric]
     st.subheader("Learning curves", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         axis: comparison.Axis = switch("Against", get_args(comparison.Axis), key="against", default="epoch")
@@ -76,9 +76,9 @@ def draw_tables(results: load.StudyResults, metric: str, weights: load.Parameter
     classes = comparison.per_class(results, weights, by_class)
     if not classes.empty:
         st.subheader("By class", anchor=False)
-        unit = f"{comparison.METRICS[by_class]}, points"
+        unit = f"{load.METRICS[by_class]}, points"
         figure = charts.per_class(classes, x_title=unit, colours=load.colours(results))
-        parts.chart(figure, key="classes", alt=f"{comparison.METRICS[by_class]} of each class by variant")
+        parts.chart(figure, key="classes", alt=f"{load.METRICS[by_class]} of each class by variant")
         st.caption("Mean ± standard deviation over seeds, hardest class first; no claim is judged on it.")
     st.subheader("What differs in the configuration", anchor=False)
     st.dataframe(comparison.config_differences(results), hide_index=True, key="config")
@@ -88,7 +88,7 @@ def draw_tables(results: load.StudyResults, metric: str, weights: load.Parameter
 results = parts.chosen(parts.entries_or_stop())
 st.markdown(results.plan.study.question)
 with st.container(horizontal=True, gap="medium"):
-    names = {label: name for name, label in comparison.METRICS.items()}
+    names = {label: name for name, label in load.METRICS.items()}
     metric = names[switch("Metric", list(names), key="metric", default="AP")]
     weights = switch(
         "Weights",
