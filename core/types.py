@@ -19,12 +19,14 @@ from torch import Tensor
 class Target:
     """The true boxes of one picture.
 
-    `labels` (N,) int64 in 0..K-1; `boxes` (N, 4); `picture_id` as in the annotation file; `original_size` (H, W) in
-    pixels before any resizing. Crowd boxes are not here: they count in scoring only.
+    `labels` (N,) int64 in 0..K-1; `boxes` (N, 4); `annotation_ids` (N,) int64, as in the ground truth; `picture_id` as
+    in the annotation file; `original_size` (H, W) in pixels before any resizing. Crowd boxes are not here: they count
+    in scoring only.
     """
 
     labels: Tensor
     boxes: Tensor
+    annotation_ids: Tensor
     picture_id: int
     original_size: tuple[int, int]
 
@@ -44,11 +46,11 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device."""
         targets = tuple(
-            Target(
+            replace(
+                target,
                 labels=target.labels.to(device),
                 boxes=target.boxes.to(device),
-                picture_id=target.picture_id,
-                original_size=target.original_size,
+                annotation_ids=target.annotation_ids.to(device),
             )
             for target in self.targets
         )

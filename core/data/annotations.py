@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,6 +54,7 @@ class Record:
     annotations: tuple[dict[str, Any], ...]
     boxes_xyxy_px: np.ndarray
     labels: np.ndarray
+    annotation_ids: np.ndarray
 
     @property
     def num_crowd(self) -> int:
@@ -91,6 +93,7 @@ def usable_records(
                 annotations=usable,
                 boxes_xyxy_px=boxes.clip(0, np.array([width, height] * 2, np.float32)),
                 labels=np.array([label_of[entry["category_id"]] for entry in learned], np.int64),
+                annotation_ids=np.array([entry["id"] for entry in learned], np.int64),
             )
         )
     return records
@@ -117,15 +120,18 @@ def _images(entries: list[Any], tally: Tally) -> dict[int, dict[str, Any]]:
 def _annotations(
     entries: list[Any], images: dict[int, dict[str, Any]], label_of: Mapping[int, int], tally: Tally
 ) -> dict[int, list[dict[str, Any]]]:
-    """Return the well-formed annotations by picture. A repeated id with another box is another box."""
+    """Return the well-formed annotations by picture, each with an id of its own.
+
+    A repeated id with another box is another box.
+    """
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[tuple[str | float, ...]] = set()
     for entry in entries:
         match entry:
             case {"image_id": int(picture_id), "category_id": int(category_id), "bbox": [x, y, w, h]} if all(
                 isinstance(value, int | float) for value in (x, y, w, h)
             ):
-                identity = (entry.get("id"), picture_id, category_id, x, y, w, h)
+                identity = (repr(entry.get("id")), picture_id, category_id, x, y, w, h)
                 if picture_id not in images:
                     tally.add("boxes_of_unknown_pictures", f"annotation {entry.get('id')}: picture {picture_id}")
                 elif category_id not in label_of:
@@ -137,7 +143,23 @@ def _annotations(
                 seen.add(identity)
             case _:
                 tally.add("malformed_annotations", _short(entry))
+    _number_([entry for of_picture in found.values() for entry in of_picture])
     return found
+
+
+def _number_(annotations: list[dict[str, Any]]) -> None:
+    """Replace ids that are missing, no int64 from 0 on, or used before by numbers that no other annotation has."""
+    taken: set[int] = set()
+    others: list[dict[str, Any]] = []
+    for entry in annotations:
+        match entry:
+            case {"id": int(number)} if 0 <= number < 1 << 63 and number not in taken:
+                taken.add(number)
+            case _:
+                others.append(entry)
+    free = (number for number in count(1) if number not in taken)
+    for entry in others:
+        entry["id"] = next(free)
 
 
 def _within(entry: dict[str, Any], image: dict[str, Any], size: tuple[int, int], tally: Tally) -> dict[str, Any] | None:
@@ -161,7 +183,7 @@ def _within(entry: dict[str, Any], image: dict[str, Any], size: tuple[int, int],
         tally.add("clipped_boxes", _where(image, entry))
         x, y, w, h = left, top, right - left, bottom - top
         area = min(area, w * h)
-    kept = {name: entry[name] for name in ("id", "image_id", "category_id", "iscrowd") if name in entry}
+    kept = {name: entry[name] for name in ("id", "image_id", "category_id", "iscrowd")}
     return {**kept, "bbox": [x, y, w, h], "area": area}
 
 

@@ -66,6 +66,7 @@ def _target(picture: Picture) -> Target:
     return Target(
         labels=torch.from_numpy(picture.labels.astype(np.int64)),
         boxes=torch.from_numpy(boxes),
+        annotation_ids=torch.from_numpy(picture.annotation_ids.astype(np.int64)),
         picture_id=picture.picture_id,
         original_size=picture.original_size,
     )

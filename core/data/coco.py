@@ -53,6 +53,7 @@ class CocoPictures:
             image=image,
             boxes_xyxy_px=record.boxes_xyxy_px,
             labels=record.labels,
+            annotation_ids=record.annotation_ids,
             picture_id=self.picture_ids[index],
             original_size=(image.shape[0], image.shape[1]),
         )

@@ -11,12 +11,14 @@ class Picture:
     """One picture with the boxes to be found in it; crowd boxes are not among them.
 
     `image` (H, W, 3) uint8, RGB; `boxes_xyxy_px` (N, 4) float32 in pixels of `image`; `labels` (N,) int64 in 0..K-1;
+    `annotation_ids` (N,) int64, unique in the split and, where it is scored, those of its `GroundTruth`;
     `original_size` (H, W) before any resizing: the scale in which detections are scored.
     """
 
     image: np.ndarray
     boxes_xyxy_px: np.ndarray
     labels: np.ndarray
+    annotation_ids: np.ndarray
     picture_id: int
     original_size: tuple[int, int]
 
@@ -40,7 +42,8 @@ class PictureSet(Protocol):
 class GroundTruth:
     """The true boxes of the scored pictures.
 
-    `coco` holds images, annotations (crowd ones too) and categories as in an annotation file, with the file's own ids;
+    `coco` holds images, annotations (crowd ones too) and categories as in an annotation file, with the file's own ids,
+    except that an annotation whose id is missing, no int64 from 0 on or used before has a free one;
     `category_ids` gives the category id of each label; `size_thresholds_px` is the side (square root of the area, in
     pixels of the original picture) below which a box is small and above which it is large.
     """

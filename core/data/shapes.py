@@ -21,6 +21,7 @@ from core.data.pictures import DataSplits, GroundTruth, Picture
 from core.seeding import numpy_stream
 
 FIRST_INDEX = {"train": 0, "tune": 1_000_000_000, "val": 2_000_000_000}
+FIRST_ANNOTATION_ID = 1  # of each split; its objects are numbered in order
 SIZES = (0.08, 0.6)  # square root of a box's area, as a share of the side
 SIZE_THRESHOLDS = (0.125, 0.3)  # small below, large above, as a share of the side
 MOST_OBJECTS = 6
@@ -60,12 +61,14 @@ class ShapesPictures:
 
     def read(self, index: int) -> Picture:
         """Return one picture."""
-        objects = slice(*self._rendered.starts[index : index + 2])
+        start, stop = self._rendered.starts[index : index + 2]
+        objects = slice(start, stop)
         image = self._rendered.images[index]
         return Picture(
             image=image,
             boxes_xyxy_px=self._rendered.boxes[objects],
             labels=self._rendered.labels[objects],
+            annotation_ids=np.arange(start, stop) + FIRST_ANNOTATION_ID,
             picture_id=self.picture_ids[index],
             original_size=(image.shape[0], image.shape[1]),
         )
@@ -196,7 +199,8 @@ def _ground_truth(rendered: Rendered, first_index: int, side: int) -> GroundTrut
     pictures = np.repeat(np.arange(len(rendered.images)), np.diff(rendered.starts))
     annotations: list[dict[str, Any]] = []
     for number, (picture, label, (x0, y0, x1, y1)) in enumerate(
-        zip(pictures.tolist(), rendered.labels.tolist(), rendered.boxes.tolist(), strict=True), start=1
+        zip(pictures.tolist(), rendered.labels.tolist(), rendered.boxes.tolist(), strict=True),
+        start=FIRST_ANNOTATION_ID,
     ):
         annotations.append(
             {

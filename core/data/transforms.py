@@ -81,7 +81,13 @@ def crop(picture: Picture, *, left: int, top: int, width: int, height: int) -> P
     boxes = picture.boxes_xyxy_px - np.array([left, top] * 2, np.float32)
     boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return replace(picture, image=image, boxes_xyxy_px=boxes[kept], labels=picture.labels[kept])
+    return replace(
+        picture,
+        image=image,
+        boxes_xyxy_px=boxes[kept],
+        labels=picture.labels[kept],
+        annotation_ids=picture.annotation_ids[kept],
+    )
 
 
 def augment(

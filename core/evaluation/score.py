@@ -27,8 +27,9 @@ KEPT_PAIRS = 300  # (query, class) pairs a picture that are kept as evidence
 class Evaluation:
     """The COCO numbers of all scored pictures, and the columns of predictions.parquet, one row a (query, class) pair.
 
-    Columns: image_id, layer, query, class, score, x0, y0, x1, y1 (pixels of the original picture), gt (index among the
-    picture's true boxes that one-to-one matching gives the query, or -1).
+    Columns: image_id, layer, query, class, score, x0, y0, x1, y1 (pixels of the original picture), gt_id (id of the
+    annotation whose box one-to-one matching gives the query, or -1; crowd boxes are not matched). Best score first
+    within a picture.
     """
 
     metrics: Metrics
@@ -87,9 +88,10 @@ def _metrics(detections: list[Detections], data: DataSplits, indices: Sequence[i
 
 def _rows(batch: Batch, prediction: Prediction, match: HungarianMatcher) -> list[dict[str, np.ndarray]]:
     kept = to_detections(prediction, batch.targets, top_k=KEPT_PAIRS)
-    owners = np.full(prediction.boxes.shape[:2], -1, dtype=np.int32)  # (B, Q)
-    for picture, assignment in enumerate(match(prediction, batch.targets)):
-        owners[picture, assignment.queries.cpu()] = assignment.targets.cpu()
+    owners = np.full(prediction.boxes.shape[:2], -1, dtype=np.int64)  # (B, Q)
+    assignments = match(prediction, batch.targets)
+    for own, target, assignment in zip(owners, batch.targets, assignments, strict=True):
+        own[assignment.queries.cpu()] = target.annotation_ids[assignment.targets].cpu()
     rows = []
     for picture, found in enumerate(kept):
         queries = found.queries.cpu().numpy()
@@ -102,7 +104,7 @@ def _rows(batch: Batch, prediction: Prediction, match: HungarianMatcher) -> list
                 "class": found.labels.cpu().numpy().astype(np.int32),
                 "score": found.scores.cpu().numpy().astype(np.float32),
                 **{name: boxes[:, column] for column, name in enumerate(("x0", "y0", "x1", "y1"))},
-                "gt": owners[picture, queries],
+                "gt_id": owners[picture, queries],
             }
         )
     return rows

@@ -40,6 +40,7 @@ def assert_same(first, second):
     for one, other in zip(first.targets, second.targets, strict=True):
         assert torch.equal(one.boxes, other.boxes)
         assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.annotation_ids, other.annotation_ids)
 
 
 def picture(height, width, value, boxes=()):
@@ -48,6 +49,7 @@ def picture(height, width, value, boxes=()):
         image=np.full((height, width, 3), value, np.uint8),
         boxes_xyxy_px=np.array(boxes, np.float32).reshape(-1, 4),
         labels=np.zeros(len(boxes), np.int64),
+        annotation_ids=np.arange(len(boxes)) + 10 * value,
         picture_id=value,
         original_size=(height * 2, width * 2),
     )
@@ -133,7 +135,8 @@ def test_padding_is_zero_at_bottom_and_right_and_boxes_ignore_it():
     torch.testing.assert_close(batch.targets[0].boxes, torch.tensor([[0.75, 0.625, 0.5, 0.75]]))
     assert batch.targets[0].original_size == (40, 60)
     assert batch.targets[1].boxes.shape == (0, 4)
-    assert batch.targets[1].labels.dtype == torch.int64
+    assert batch.targets[1].labels.dtype == batch.targets[1].annotation_ids.dtype == torch.int64
+    assert batch.targets[0].annotation_ids.tolist() == [70]
 
 
 def test_channels_are_rgb_in_order():

@@ -207,6 +207,21 @@ def test_repeated_ids_keep_the_first_picture_and_every_box(folder):
     assert truth_of(data, 2) == [[10, 12, 20, 16], [30, 12, 20, 16]]
 
 
+def test_every_annotation_has_an_id_of_its_own(folder):
+    """The first user of a good id keeps it; the others get numbers that are free, in training and in scoring alike."""
+    good, largest = 9_001, 2**63 - 1
+    for number in (good, good, largest, largest + 1, -1, None, "7", 1.5, [3]):
+        folder.box("val", 4, 3, (5, 5, 10, 10 + len(folder.raw["val"]["annotations"])), id=number)
+    folder.box("val", 4, 3, (5, 5, 30, 30), iscrowd=1, id=2)
+    del folder.raw["val"]["annotations"][-2]["id"]
+    data = open_folder(folder)
+    ids = [entry["id"] for entry in data.ground_truth.coco["annotations"]]
+    assert ids == [1, good, 3, largest, 4, 5, 6, 7, 8, 9, 2]
+    picture = data.scored.read(1)
+    assert picture.annotation_ids.tolist() == ids[1:-1]
+    assert picture.annotation_ids.dtype == np.int64
+
+
 def test_malformed_entries_are_left_out(folder):
     """An image without a name or an annotation without a box stops nothing."""
     folder.raw["train"]["images"] += [{"id": 77}, "text", {"id": "x", "file_name": "a.jpg"}]

@@ -17,6 +17,7 @@ def _targets(*counts):
         Target(
             labels=torch.randint(0, 3, (count,), generator=generator),
             boxes=torch.rand(count, 4, generator=generator) * 0.4 + 0.1,
+            annotation_ids=torch.arange(count),
             picture_id=index,
             original_size=(10, 10),
         )

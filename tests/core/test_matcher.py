@@ -23,6 +23,7 @@ def _case(num_queries, counts, seed, *, class_agnostic=False):
         Target(
             labels=torch.randint(0, 4, (count,), generator=generator),
             boxes=torch.rand(count, 4, generator=generator) * 0.4 + 0.1,
+            annotation_ids=torch.arange(count),
             picture_id=index,
             original_size=(100, 100),
         )

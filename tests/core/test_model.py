@@ -74,7 +74,15 @@ def _batch(*sizes, seed=0):
         padding_mask[index, :h, :w] = False
         boxes = torch.rand(2, 4, generator=generator) * 0.3 + 0.2
         labels = torch.randint(0, 3, (2,), generator=generator)
-        targets.append(Target(labels=labels, boxes=boxes, picture_id=index, original_size=(h, w)))
+        targets.append(
+            Target(
+                labels=labels,
+                boxes=boxes,
+                annotation_ids=torch.arange(2),
+                picture_id=index,
+                original_size=(h, w),
+            )
+        )
     return Batch(images=images, padding_mask=padding_mask, targets=tuple(targets))
 
 

@@ -120,7 +120,7 @@ def test_splits_are_disjoint_and_independent_of_their_numbers():
 
 
 def test_the_ground_truth_says_what_the_pictures_say():
-    """Scoring and training see the same boxes and labels, and size limits follow the side."""
+    """Scoring and training see the same boxes, labels and ids, and size limits follow the side."""
     data = open_data(SMALL, root=None, cache=None)
     assert data.ground_truth.size_thresholds_px == (0.125 * 48, 0.3 * 48)
     assert data.report["val.boxes"] == len(data.ground_truth.coco["annotations"])
@@ -128,6 +128,7 @@ def test_the_ground_truth_says_what_the_pictures_say():
         truth = [entry for entry in data.ground_truth.coco["annotations"] if entry["image_id"] == picture.picture_id]
         labels = [data.ground_truth.category_ids.index(entry["category_id"]) for entry in truth]
         assert labels == picture.labels.tolist()
+        assert [entry["id"] for entry in truth] == picture.annotation_ids.tolist()
         boxes = np.array([entry["bbox"] for entry in truth])
         boxes[:, 2:] += boxes[:, :2]
         np.testing.assert_allclose(boxes, picture.boxes_xyxy_px, rtol=1e-5)

@@ -20,6 +20,7 @@ def painted(height, width, boxes=((4, 6, 20, 14), (24, 20, 30, 36))):
         image=image,
         boxes_xyxy_px=np.array(boxes, np.float32),
         labels=np.arange(len(boxes)),
+        annotation_ids=np.arange(len(boxes)) + 5,
         picture_id=3,
         original_size=(height, width),
     )
@@ -104,11 +105,13 @@ def test_a_fixed_size_is_met_exactly():
 
 
 def test_cropping_clips_boxes_and_drops_empty_ones():
-    """A box half inside is cut at the edge; one outside goes, with its label."""
+    """A box half inside is cut at the edge; one outside goes, with its label and id."""
     picture = crop(painted(48, 40), left=10, top=4, width=14, height=30)
-    assert picture.labels.tolist() == [0]
+    assert (picture.labels.tolist(), picture.annotation_ids.tolist()) == ([0], [5])
     np.testing.assert_array_equal(picture.boxes_xyxy_px, [[0, 2, 10, 10]])
     assert_boxes_fit(picture)
+    picture = crop(painted(48, 40), left=22, top=4, width=14, height=36)
+    assert (picture.labels.tolist(), picture.annotation_ids.tolist()) == ([1], [6])
 
 
 def test_flip_and_dihedral_reach_each_of_their_outcomes():
