@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from workbench import comparison, palette, report
+from workbench import comparison, palette
+from workbench.commands import next_run
 from workbench.errors import StoreError
 from workbench.labels import METRICS, POINTS
 from workbench.progress import best_ap, last_speed, share
@@ -30,6 +31,7 @@ __all__ = [
     "StoreError",
     "Verdict",
     "comparison",
+    "next_run",
 ]  # what the pages use of the workbench as it is
 
 STATES: tuple[TrialState, ...] = get_args(TrialState)
@@ -186,7 +188,7 @@ def claim_cards(results: StudyResults) -> tuple[ClaimCard, ...]:
 
 def progress(results: StudyResults) -> Progress:
     """Return how far the trials of the looks started have come."""
-    records = [results.records[trial.trial_id] for trial in _started(results)]
+    records = [results.records[trial.trial_id] for trial in results.asked_for()]
     states = Counter(record.state for record in records)
     done = [1.0 if record.state == "diverged" else share(record) for record in records]
     return Progress(
@@ -195,28 +197,6 @@ def progress(results: StudyResults) -> Progress:
         over=states["finished"] + states["diverged"],
         fraction=sum(done) / max(len(done), 1),
     )
-
-
-def next_step(results: StudyResults) -> tuple[str, str] | None:
-    """Return what the study waits for and the line that goes on; None when it runs or nothing is left to do."""
-    study, now = results.plan.study, progress(results)
-    if now.running:
-        return None
-    if now.over < now.planned:
-        return "Nothing of it runs now. This line goes on with it:", report.run_command(results)
-    if not study.gives_verdicts:
-        return f"Profile {study.profile} tests the plumbing and gives no verdict. The default profile does:", (
-            report.run_command(results).split(" --profile ")[0]
-        )
-    undecided = any(verdict.verdict == "undecided" and verdict.n_pairs for verdict in results.verdicts)
-    if undecided and results.looks_started < len(study.looks):
-        return "Claims are undecided. This line goes on, look by look:", report.run_command(results, "--until-decided")
-    return None
-
-
-def _started(results: StudyResults) -> tuple[PlannedTrial, ...]:
-    looks = results.plan.study.looks
-    return results.plan.at_look(looks[max(results.looks_started, 1) - 1])
 
 
 def _points(value: float | None) -> float | None:
@@ -233,7 +213,7 @@ def trials(runs: Path, results: StudyResults) -> pd.DataFrame:
     seconds (trained), seconds_left (while running), peak_memory_mib, mlflow (address), trial_id.
     """
     with _ONE_READER:
-        rows = [_trial_row(_store(runs.absolute()), results, trial) for trial in _started(results)]
+        rows = [_trial_row(_store(runs.absolute()), results, trial) for trial in results.asked_for()]
     return pd.DataFrame(rows).sort_values("state", key=lambda states: states != "running", kind="stable")
 
 
@@ -260,7 +240,7 @@ def _trial_row(store: Store, results: StudyResults, trial: PlannedTrial) -> dict
 def failures(runs: Path, results: StudyResults) -> tuple[Failure, ...]:
     """Return the trials that failed, diverged or were interrupted, in the order of the plan."""
     found = []
-    for trial in _started(results):
+    for trial in results.asked_for():
         record = results.records[trial.trial_id]
         if record.state in ("failed", "diverged", "interrupted"):
             told = record.error or record.result or {}

@@ -112,7 +112,7 @@ def progress_bar(progress: load.Progress) -> None:
 
 def next_step(results: load.StudyResults) -> None:
     """Show what the study waits for, with the line to copy."""
-    step = load.next_step(results)
+    step = load.next_run(results)
     if step:
         st.markdown(step[0])
         st.code(step[1], language=None, wrap_lines=True)

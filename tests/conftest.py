@@ -121,6 +121,7 @@ def fake_results():
             name="refinement_detach",
             question="Is it better not to detach?",
             path=Path("studies/refinement_detach.yaml"),
+            selection=("--profile", "laptop"),
             profile="laptop",
             gives_verdicts=gives_verdicts,
             baseline=baseline,
@@ -166,6 +167,7 @@ def fake_results():
             )
         return StudyResults(
             plan=Plan(study=study, plan_hash="0123456789ab", trials=trials, specs=specs, warnings=()),
+            runs=Path("runs"),
             records=records,
             verdicts=(),
             looks_started=looks_started,

@@ -255,6 +255,7 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
 def _study_from_json(plain: dict[str, Any]) -> Study:
     rest = {
         "path": Path(plain["path"]),
+        "selection": tuple(plain["selection"] if "selection" in plain else _unkept_selection(plain)),
         "variants": tuple(
             Variant(**{**variant, "config": ExperimentConfig.model_validate(variant["config"])})
             for variant in plain["variants"]
@@ -268,6 +269,12 @@ def _study_from_json(plain: dict[str, Any]) -> Study:
         },
     }
     return Study(**{**plain, **rest})
+
+
+def _unkept_selection(plain: dict[str, Any]) -> list[str]:
+    """Return what can be known of the selection of a plan from before it was kept."""
+    root = plain["variants"][0]["config"]["data"].get("root")
+    return ["--profile", plain["profile"], *(["--data", root] if root else [])]
 
 
 def _claim_from_json(plain: dict[str, Any]) -> Claim:

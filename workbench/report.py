@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from core.metrics import Metrics
-from workbench import report_formats
+from workbench import commands, report_formats
 from workbench.labels import METRICS, POINTS
 from workbench.store import StudyResults, TrialRecord
 from workbench.study import Claim, Parameters
@@ -103,15 +103,6 @@ def contents(results: StudyResults) -> Contents:
         results=results,
         verdicts=verdicts,
     )
-
-
-def run_command(results: StudyResults, *options: str) -> str:
-    """Return the line that runs, or continues, this study, with its profile and data."""
-    study = results.plan.study
-    path = study.path.relative_to(Path.cwd()) if study.path.is_relative_to(Path.cwd()) else study.path
-    roots = {spec.data_root for spec in results.plan.specs.values() if spec.data_root}
-    data = [part for root in sorted(roots) for part in ("--data", root)]
-    return " ".join(["python -m workbench run", str(path), "--profile", study.profile, *data, *options])
 
 
 def contrast(claim: Claim) -> str:
@@ -206,11 +197,10 @@ def _next_step(results: StudyResults, verdict: Verdict) -> str | None:
     if verdict.verdict != "undecided" or not study.gives_verdicts:
         return None
     if claim.missing:
-        return run_command(results, "--variants all")
-    started = results.plan.at_look(study.looks[max(1, results.looks_started) - 1])
-    if any(results.records[trial.trial_id].state not in ("finished", "diverged") for trial in started):
-        return run_command(results)
-    return run_command(results, "--until-decided") if results.looks_started < len(study.looks) else None
+        return commands.command(results, "--variants", "all")
+    over = all(results.records[trial.trial_id].state in ("finished", "diverged") for trial in results.asked_for())
+    step = commands.next_run(results)
+    return step[1] if step and (not over or commands.wants_seeds(results, verdict)) else None
 
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -278,7 +268,7 @@ def _facts(results: StudyResults) -> Iterable[str]:
         said = dict.fromkeys(told(provenance) for provenance in provenances)
         if said:
             yield f"{label}: {' | '.join(said)}."
-    yield f"Plan {results.plan.plan_hash[:12]}. To repeat: {run_command(results)}"
+    yield f"Plan {results.plan.plan_hash[:12]}. To repeat: {commands.command(results)}"
 
 
 def _left_out(record: TrialRecord) -> list[str]:

@@ -11,11 +11,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, TextIO
 
-from workbench import provenance, report
+from workbench import report
 from workbench.attempts import read as read_attempts
+from workbench.commands import dashboard_command
 from workbench.errors import StoreError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror, ui_command
@@ -246,7 +246,7 @@ class _Run:
         for warning in self.plan.warnings:
             self.say(f"Warning: {warning}")
         self.say(f"MLflow:    {ui_command(self.mirror.tracking_uri)}")
-        self.say(f"Dashboard: {dashboard_command(self.store)}")
+        self.say(f"Dashboard: {dashboard_command(self.store.root)}")
 
     def _say_failure(self, trial: PlannedTrial) -> None:
         error = self.store.record(trial.trial_id).error or {}
@@ -254,15 +254,6 @@ class _Run:
         for line in error.get("traceback", "").strip().splitlines()[-4:] or [error.get("message", "")]:
             self.say(f"    {line}")
         self.say(f"    {self.store.trial_dir(trial.trial_id) / 'error.json'}")
-
-
-def dashboard_command(store: Store) -> str:
-    """Return the line that opens the dashboard on a store, from the working directory."""
-    app = Path(__file__).resolve().parent.parent / "dashboard" / "app.py"
-    here = Path.cwd()
-    place = app.relative_to(here) if app.is_relative_to(here) else app
-    runs = "" if store.root == here / "runs" else f" -- --runs {shlex.quote(str(store.root))}"
-    return f"{provenance.tool('streamlit')} run {shlex.quote(str(place))}{runs}"
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Where a study stands: trials, metrics, verdicts, and what to do next. Reads records only, in under a second."""
 
-from collections import Counter
 from typing import Any
 
+from workbench import commands
 from workbench.labels import POINTS
 from workbench.store import StudyResults, TrialRecord
 from workbench.study import Parameters, PlannedTrial
@@ -18,7 +18,7 @@ def describe(results: StudyResults) -> dict[str, Any]:
         "baseline": study.baseline,
         "looks_started": results.looks_started,
         "looks": [look.seeds for look in study.looks],
-        "trials": [_trial(trial, results.records[trial.trial_id], claimed) for trial in _asked_for(results)],
+        "trials": [_trial(trial, results.records[trial.trial_id], claimed) for trial in _shown(results)],
         "verdicts": [
             {
                 "claim": verdict.claim,
@@ -59,10 +59,9 @@ def as_text(described: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _asked_for(results: StudyResults) -> tuple[PlannedTrial, ...]:
+def _shown(results: StudyResults) -> tuple[PlannedTrial, ...]:
     """Return the trials of the looks started, or of the first look, and others that happen to be known."""
-    looks = results.plan.study.looks[: max(1, results.looks_started)]
-    asked = {trial.trial_id for trial in results.plan.at_look(looks[-1])}
+    asked = {trial.trial_id for trial in results.asked_for()}
     return tuple(
         trial
         for trial in results.plan.trials
@@ -93,21 +92,12 @@ def _trial(trial: PlannedTrial, record: TrialRecord, claimed: Parameters) -> dic
 
 
 def _next_step(results: StudyResults) -> str:
-    states = Counter(results.records[trial.trial_id].state for trial in _asked_for(results))
-    if states["running"]:
-        return "wait, or watch it in the dashboard: streamlit run dashboard/app.py"
-    if states["failed"]:
-        return "read the errors above, then give the same run command again: it tries the failed trials once more"
-    if states["interrupted"]:
-        return "give the same run command again: it goes on from the checkpoints"
-    if states["pending"]:
-        return f"run it: python -m workbench run {results.plan.study.path} --profile {results.plan.study.profile}"
-    undecided = [v for v in results.verdicts if v.verdict == "undecided" and v.seeds_needed is not None]
-    if undecided and results.looks_started < len(results.plan.study.looks):
-        return "more seeds: the same run command with --until-decided"
-    return (
-        f"read the report: python -m workbench report {results.plan.study.path} --profile {results.plan.study.profile}"
-    )
+    step = commands.next_run(results)
+    if step:
+        return " ".join(step)
+    if any(results.records[trial.trial_id].state == "running" for trial in results.asked_for()):
+        return f"wait, or watch it in the dashboard: {commands.dashboard_command(results.runs)}"
+    return f"read the report: {commands.command(results, verb='report')}"
 
 
 def _row(trial: dict[str, Any]) -> tuple[str, ...]:

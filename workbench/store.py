@@ -24,7 +24,7 @@ from workbench import attempts, durable
 from workbench.errors import BusyError, StoreError
 from workbench.plan import plan_from_json, plan_to_json
 from workbench.processes import Process
-from workbench.study import Plan
+from workbench.study import Plan, PlannedTrial
 from workbench.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -55,11 +55,16 @@ class StudyResults:
     """A plan with what is known of its trials, and the verdicts stored last."""
 
     plan: Plan
+    runs: Path  # the folder that the records are in
     records: dict[str, TrialRecord]  # trial_id -> record
     verdicts: tuple[Verdict, ...]
     looks_started: int
     post_hoc: frozenset[str]  # claims first registered after a trial of theirs had finished
     mlflow: dict[str, Any] | None  # {"tracking_uri", "experiment_id", "parent_run_id", "runs": {trial_id: run_id}}
+
+    def asked_for(self) -> tuple[PlannedTrial, ...]:
+        """Return the trials of the looks started, or of the first look before that."""
+        return self.plan.at_look(self.plan.study.looks[max(1, self.looks_started) - 1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +178,7 @@ class Store:
         mirrored = durable.read_json(folder / "mlflow.json")
         return StudyResults(
             plan=plan,
+            runs=self.root,
             records=records,
             verdicts=tuple(_verdict_from_json(verdict) for verdict in verdicts["verdicts"]),
             looks_started=len((durable.read_json(folder / "looks.json") or {"looks": []})["looks"]),

@@ -67,6 +67,7 @@ class Study:
     name: str
     question: str
     path: Path
+    selection: tuple[str, ...]  # the command line's options, name and value in turn, as `Selection.words` gives them
     profile: str
     gives_verdicts: bool  # False for smoke: it tests plumbing only
     baseline: str

@@ -57,6 +57,22 @@ class Selection:
         """Return the profile: the one named, `pictures` for a folder of pictures, else `laptop`."""
         return self.profile or ("laptop" if self.data is None else "pictures")
 
+    def words(self) -> tuple[str, ...]:
+        """Return the options as the command line has them, name and value in turn, for plans that anybody may read.
+
+        An address in which a password may stand is left out.
+        """
+        given = [
+            ("--profile", self.profile),
+            ("--data", self.data),
+            ("--variants", self.variants and ",".join(self.variants)),
+            ("--seeds", self.seeds),
+            *(("--set", text) for text in self.sets),
+            ("--budget", self.budget),
+            ("--tracking-uri", None if {"@", "?"} & set(self.tracking_uri or "") else self.tracking_uri),
+        ]
+        return tuple(word for option, value in given if value is not None for word in (option, str(value)))
+
 
 def load_study(path: Path, selection: Selection | None = None) -> Study:
     """Read a study at the scale that the selection names.
@@ -113,6 +129,7 @@ class _Loader:
             name=self.file.study,
             question=self.file.question,
             path=self.path,
+            selection=self.selection.words(),
             profile=self.profile_name,
             gives_verdicts=profile.verdicts is not False,
             baseline=self.file.baseline,

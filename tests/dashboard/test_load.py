@@ -90,20 +90,20 @@ def test_progress_counts_every_state(running_runs, finished_runs):
 
 def test_next_step_is_the_line_that_goes_on(fake_results, running_runs, finished_runs):
     """The page says what to do next exactly when there is something to do."""
-    assert load.next_step(only(running_runs)) is None
-    assert load.next_step(only(finished_runs)) is None
+    assert load.next_run(only(running_runs)) is None
+    assert load.next_run(only(finished_runs)) is None
     waiting = fake_results({"a": [0.3, 0.3], "b": [0.3]})
-    assert load.next_step(waiting)[1] == "python -m workbench run studies/refinement_detach.yaml --profile laptop"
+    assert load.next_run(waiting)[1] == "python -m workbench run studies/refinement_detach.yaml --profile laptop"
     smoke = fake_results({"a": [0.3], "b": [0.3]}, looks=((1, 0.05),), gives_verdicts=False)
-    assert load.next_step(smoke)[1] == "python -m workbench run studies/refinement_detach.yaml"
+    assert load.next_run(smoke)[1] == "python -m workbench run studies/refinement_detach.yaml"
 
 
 def test_undecided_claims_ask_for_the_next_look(tmp_path, fake_results, write_runs):
     """After an undecided look with another planned, the next step is that look; after the last there is none."""
     spread = {"a": [0.30, 0.31, 0.30, 0.31, 0.30], "b": [0.36, 0.29, 0.37, 0.28, 0.36]}
     results = write_runs(tmp_path, fake_results(spread))
-    assert load.next_step(results)[1].endswith("--profile laptop --until-decided")
-    assert load.next_step(replace(results, looks_started=2))[1].endswith("--profile laptop")
+    assert load.next_run(results)[1].endswith("--profile laptop --until-decided")
+    assert load.next_run(replace(results, looks_started=2))[1].endswith("--profile laptop")
 
 
 def test_trials_have_what_is_known_of_each(running_runs):

@@ -239,6 +239,18 @@ def test_plan_survives_its_json(study):
     assert plan_from_json(json.loads(json.dumps(plan_to_json(full)))) == full
 
 
+def test_selection_is_kept_beside_the_plan_and_not_in_its_identity(study):
+    """The same plan may be asked for in other words; a plan from before they were kept still loads."""
+    plan = make_plan(study(variants=("all",)))
+    assert plan.study.selection[:2] == ("--variants", "all")
+    assert plan.plan_hash == make_plan(study()).plan_hash
+    plain = plan_to_json(plan)
+    del plain["study"]["selection"]
+    assert plan_from_json(plain).study.selection == ("--profile", "laptop")
+    plain["study"]["variants"][0]["config"]["data"] = {"kind": "coco", "root": "/pictures"}
+    assert plan_from_json(plain).study.selection == ("--profile", "laptop", "--data", "/pictures")
+
+
 def test_plan_of_another_format_or_damaged_is_refused(study):
     """A plan that this version cannot read is told, not guessed at."""
     plain = plan_to_json(make_plan(study()))

@@ -44,9 +44,12 @@ def test_the_text_shows_points(fake_results):
     ("states", "step"),
     [
         ({("kept", 1): "running", ("kept", 2): "failed"}, "wait"),
-        ({("kept", 2): "failed"}, "tries the failed trials once more"),
+        ({("kept", 2): "failed"}, "this line then tries them once more: python -m workbench run studies/"),
         ({("kept", 3): "interrupted"}, "goes on from the checkpoints"),
-        ({("kept", 4): "pending"}, "run it: python -m workbench run studies/refinement_detach.yaml --profile laptop"),
+        (
+            {("kept", 4): "pending"},
+            "runs what is missing: python -m workbench run studies/refinement_detach.yaml --profile laptop",
+        ),
         ({("kept", 0): "diverged"}, "read the report"),
         ({}, "read the report: python -m workbench report studies/refinement_detach.yaml --profile laptop"),
     ],
