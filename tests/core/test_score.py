@@ -1,0 +1,179 @@
+"""Scoring a checkpoint equals what its parts give by hand, and the predictions kept say what was scored."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from core.checkpoint import load_checkpoint
+from core.config import (
+    Decoder,
+    Encoder,
+    EvaluationConfig,
+    ExperimentConfig,
+    LearnedQueries,
+    ModelConfig,
+    Shapes,
+    SmallResNet,
+    TrainingConfig,
+)
+from core.data.batching import collate
+from core.data.splits import open_data
+from core.detector import build_detector
+from core.evaluation.coco_ap import coco_metrics
+from core.evaluation.score import SCORING_BATCH, evaluate
+from core.loss.matcher import HungarianMatcher
+from core.metrics import NUMBER_NAMES
+from core.training import Trainer
+from core.types import Target
+
+CPU = torch.device("cpu")
+NUM_QUERIES, NUM_CLASSES, TOP_K = 10, 6, 10
+CONFIG = ExperimentConfig(
+    model=ModelConfig(
+        hidden_dim=32,
+        num_heads=4,
+        ffn_dim=48,
+        backbone=SmallResNet(width=8),
+        num_levels=3,
+        encoder=Encoder(num_layers=1, num_points=2),
+        decoder=Decoder(num_layers=2, num_points=2),
+        queries=LearnedQueries(num_queries=NUM_QUERIES, reference="box"),
+    ),
+    data=Shapes(side=64, num_train=40, num_val=SCORING_BATCH + 3),  # the last batch is smaller
+    training=TrainingConfig(epochs=10, batch_size=4, lr=2e-3, lr_backbone=2e-3, ema_decay=0.9),
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """The drawn pictures."""
+    return open_data(CONFIG.data, root=None, cache=None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    """Some steps of training, after which raw and averaged weights are not the same."""
+    trainer = Trainer(CONFIG, seed=0, data=data, device=CPU)
+    for _ in range(15):
+        trainer.step()
+    return trainer.save(tmp_path_factory.mktemp("checkpoints"))
+
+
+def scored(data, checkpoint, parameters):
+    """Evaluate a checkpoint."""
+    how = EvaluationConfig(parameters=parameters, top_k=TOP_K)
+    return evaluate(CONFIG, how, data=data, checkpoint=checkpoint, device=CPU)
+
+
+def by_hand(data, checkpoint, parameters):
+    """Return the detector with those weights, and the pictures as batches of one."""
+    detector = build_detector(CONFIG, num_classes=NUM_CLASSES, seed=9)
+    detector.load_state_dict(load_checkpoint(checkpoint)[parameters])
+    return detector.eval(), [collate([data.scored.read(index)]) for index in range(len(data.scored))]
+
+
+@pytest.fixture(scope="module")
+def answerable(data, checkpoint):
+    """The same pictures with a truth that the raw weights nearly find: some of their detections, moved a little."""
+    detector, batches = by_hand(data, checkpoint, "raw")
+    annotations = []
+    for batch in batches:
+        (found,) = detector.detect(batch, top_k=TOP_K + 3)
+        for place in (0, 3, 7, TOP_K + 2):  # the last one is beyond what is scored
+            x0, y0, x1, y1 = found.boxes_xyxy_px[place].tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": found.picture_id,
+                    "category_id": data.ground_truth.category_ids[found.labels[place]],
+                    "bbox": [x0 + 0.01 * place * (x1 - x0), y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+            )
+    truth = replace(data.ground_truth, coco={**data.ground_truth.coco, "annotations": annotations})
+    return replace(data, ground_truth=truth)
+
+
+@pytest.mark.parametrize("parameters", ["raw", "averaged"])
+def test_the_metrics_are_those_of_detecting_by_hand(answerable, checkpoint, parameters):
+    """All numbers equal those of the detections of each picture alone: no batch or picture is lost or repeated."""
+    data = answerable
+    detector, batches = by_hand(data, checkpoint, parameters)
+    expected = coco_metrics(
+        [found for batch in batches for found in detector.detect(batch, top_k=TOP_K)],
+        data.ground_truth,
+        class_names=data.class_names,
+        picture_ids=data.scored.picture_ids,
+    )
+    metrics = scored(data, checkpoint, parameters).metrics
+    assert 0.01 < expected.numbers()["ap"] < 0.99  # there is something to compare
+    for name in NUMBER_NAMES:
+        assert getattr(metrics, name) == pytest.approx(getattr(expected, name), abs=1e-6)
+    assert metrics.per_class.keys() == expected.per_class.keys()
+    for name, numbers in expected.per_class.items():
+        assert metrics.per_class[name] == pytest.approx(numbers, abs=1e-6)
+    assert (metrics.num_pictures, metrics.num_boxes) == (len(batches), 4 * len(batches))
+
+
+def test_the_predictions_are_the_models_own(data, checkpoint):
+    """Each picture keeps every (query, class) pair once, best first, with the model's score and box, whatever top_k."""
+    detector, batches = by_hand(data, checkpoint, "averaged")
+    columns = scored(data, checkpoint, "averaged").predictions
+    assert {len(column) for column in columns.values()} == {len(batches) * NUM_QUERIES * NUM_CLASSES}
+    assert set(columns["layer"]) == {1}  # the second, last one
+    for batch in batches:
+        prediction = detector.predict(batch)
+        rows = columns["image_id"] == batch.targets[0].picture_id
+        queries, classes, scores = (columns[name][rows] for name in ("query", "class", "score"))
+        assert (np.diff(scores) <= 0).all()
+        assert sorted(zip(queries, classes, strict=True)) == list(np.ndindex(NUM_QUERIES, NUM_CLASSES))
+        np.testing.assert_allclose(scores, prediction.logits[0].sigmoid()[queries, classes], atol=1e-5)
+        cx, cy, w, h = 64 * prediction.boxes[0].numpy()[queries].T
+        boxes = np.stack([columns[name][rows] for name in ("x0", "y0", "x1", "y1")])
+        np.testing.assert_allclose(boxes, [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], atol=1e-3)
+
+
+def test_gt_id_names_the_annotation_that_matching_gives_a_query(data, checkpoint):
+    """Read back through the ground truth, in another order of its boxes, each query owns the same annotation."""
+    detector, batches = by_hand(data, checkpoint, "raw")
+    columns = scored(data, checkpoint, "raw").predictions
+    costs = CONFIG.loss.matcher
+    match = HungarianMatcher(cost_class=costs.cost_class, cost_l1=costs.cost_l1, cost_giou=costs.cost_giou)
+    for batch in batches:
+        picture_id = batch.targets[0].picture_id
+        truth = [entry for entry in data.ground_truth.coco["annotations"] if entry["image_id"] == picture_id][::-1]
+        x, y, w, h = torch.tensor([entry["bbox"] for entry in truth]).T / 64
+        target = Target(
+            labels=torch.tensor([data.ground_truth.category_ids.index(entry["category_id"]) for entry in truth]),
+            boxes=torch.stack([x + w / 2, y + h / 2, w, h], dim=1),
+            annotation_ids=torch.zeros(len(truth), dtype=torch.int64),  # of no use here
+            picture_id=picture_id,
+            original_size=(64, 64),
+        )
+        (assignment,) = match(detector.predict(batch), (target,))
+        owned = np.full(NUM_QUERIES, -1)
+        owned[assignment.queries] = [truth[index]["id"] for index in assignment.targets]
+        assert (owned >= 0).sum() == len(truth)
+        rows = columns["image_id"] == picture_id
+        np.testing.assert_array_equal(columns["gt_id"][rows], owned[columns["query"][rows]])
+
+
+def test_raw_and_averaged_weights_are_scored_apart(answerable, checkpoint):
+    """With averaging on, the raw weights find more of their own detections again than the averaged ones do."""
+    raw, averaged = (scored(answerable, checkpoint, parameters) for parameters in ("raw", "averaged"))
+    assert raw.predictions.keys() == averaged.predictions.keys()
+    assert np.abs(raw.predictions["score"] - averaged.predictions["score"]).max() > 1e-3
+    assert raw.metrics.numbers()["ap"] > averaged.metrics.numbers()["ap"]
+
+
+def test_without_averaging_the_raw_weights_are_scored(data, tmp_path):
+    """A checkpoint that has no averaged weights gives the same for both."""
+    config = CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update={"ema_decay": None})})
+    path = Trainer(config, seed=0, data=data, device=CPU).save(tmp_path)
+    raw, averaged = (scored(data, path, parameters) for parameters in ("raw", "averaged"))
+    assert raw.metrics == averaged.metrics
+    for name, column in raw.predictions.items():
+        np.testing.assert_array_equal(column, averaged.predictions[name])
