@@ -172,6 +172,7 @@ def fake_results():
             verdicts=(),
             looks_started=looks_started,
             post_hoc=frozenset(post_hoc),
+            unreadable=(),
             mlflow=None,
         )
 

@@ -9,11 +9,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from workbench.errors import StudyFileError, WorkbenchError
+from workbench.errors import StoreError, StudyFileError, WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.store import StudyResults
@@ -151,7 +151,14 @@ def _results(options: argparse.Namespace) -> "StudyResults":
     from workbench.store import Store
 
     plan = _planned(options)
-    return Store(options.runs, create=False).results_for(plan)
+    results = Store(options.runs, create=False).results_for(plan)
+    _warn_of_unreadable(results.unreadable)
+    return results
+
+
+def _warn_of_unreadable(problems: Iterable[str]) -> None:
+    for problem in dict.fromkeys(problems):
+        _write(sys.stderr, f"Warning: left out of the records: {problem}\n")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -221,7 +228,13 @@ def _status(options: argparse.Namespace) -> int:
         _write_result(options, described, status.as_text(described))
         return 0
     store = Store(options.runs, create=False)
-    known = [status.describe(store.results(ref)) for ref in store.studies()]
+    known, unreadable = [], []
+    for ref in store.studies():
+        try:
+            known.append(status.describe(store.results(ref)))
+        except StoreError as error:
+            unreadable.append(str(error))
+    _warn_of_unreadable(unreadable)
     nothing = f"No study has been run in {options.runs}. Begin: python -m workbench run STUDY\n"
     _write_result(options, {"studies": known}, "\n".join(map(status.as_text, known)) or nothing)
     return 0

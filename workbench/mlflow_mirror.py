@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from core.config import flatten, scientific
 from workbench import durable, provenance
-from workbench.errors import BusyError
+from workbench.errors import BusyError, StoreError
 from workbench.mirror_content import (
     STATUS,
     Feed,
@@ -71,13 +71,16 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
         err.write(line + "\n")
 
     for ref in store.studies():
-        plan = store.results(ref).plan
         try:
+            plan = store.results(ref).plan
             with store.lock(ref):
                 mirror = Mirror(store, ref, plan, tracking_uri=tracking_uri or plan.study.tracking_uri, warn=warn)
                 code |= 0 if mirror.finish() else 1
         except BusyError as error:
             warn(f"{error}. Its driver keeps MLflow up to date.")
+        except StoreError as error:
+            warn(f"Left out: {error}")
+            code = 1
     return code
 
 

@@ -12,7 +12,7 @@ The state of a trial is derived from its files, so there is nothing to keep in s
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from core.events import EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
-from workbench import attempts, durable
+from workbench import attempts, durable, siblings
 from workbench.errors import BusyError, StoreError
 from workbench.plan import plan_from_json, plan_to_json
 from workbench.processes import Process
+from workbench.siblings import RegisteredPlan
 from workbench.study import Plan, PlannedTrial
 from workbench.verdict import Verdict
 
@@ -60,6 +61,7 @@ class StudyResults:
     verdicts: tuple[Verdict, ...]
     looks_started: int
     post_hoc: frozenset[str]  # claims first registered after a trial of theirs had finished
+    unreadable: tuple[str, ...]  # why other plans of the study and profile are left out, as for `post_hoc`
     mlflow: dict[str, Any] | None  # {"tracking_uri", "experiment_id", "parent_run_id", "runs": {trial_id: run_id}}
 
     def asked_for(self) -> tuple[PlannedTrial, ...]:
@@ -149,26 +151,32 @@ class Store:
             durable.write_text(folder / "study.yaml", source)
             durable.write_json(folder / "plan.json", plan_to_json(plan))
         durable.create_json(folder / "registered.json", {"registered_at": durable.now()})
-        found = self._ref(folder)
-        if found is None:
-            raise StoreError(f"{folder / 'registered.json'} is damaged: remove it and run the study again")
-        return found
+        found = siblings.read(folder)
+        assert found is not None  # both of its files are there now
+        return _ref(folder, found.registered_at)
 
     def studies(self) -> tuple[StudyRef, ...]:
-        """Return the registered plans, newest first."""
-        found = [self._ref(path.parent) for path in (self.root / "studies").glob("*/*/*/plan.json")]
-        return tuple(sorted((ref for ref in found if ref), key=lambda ref: ref.registered_at, reverse=True))
+        """Return the registered plans, newest first; last come those that cannot be read, and `results` says why."""
+        found: list[StudyRef] = []
+        for path in (self.root / "studies").glob("*/*/*/plan.json"):
+            try:
+                plan = siblings.read(path.parent)
+            except StoreError:
+                found.append(_ref(path.parent, registered_at=""))
+            else:
+                found += [_ref(path.parent, plan.registered_at)] if plan else []
+        return tuple(sorted(found, key=lambda ref: ref.registered_at, reverse=True))
 
     def results(self, ref: StudyRef) -> StudyResults:
         """Return a registered plan with all that is known of it.
 
         Raises:
-            StoreError: its plan.json cannot be read.
+            StoreError: the plan cannot be read.
         """
-        plain = durable.read_json(ref.path / "plan.json")
-        if plain is None:
-            raise StoreError(f"{ref.path / 'plan.json'} is missing or damaged: run the study again to write it")
-        return self.results_for(plan_from_json(plain))
+        found = siblings.read(ref.path)
+        if found is None:
+            raise StoreError(f"{ref.path} holds no registered plan: run the study again to write it")
+        return self.results_for(plan_from_json(found.plain))
 
     def results_for(self, plan: Plan) -> StudyResults:
         """Return what is known of a plan's trials, also when the plan was never registered."""
@@ -176,13 +184,15 @@ class Store:
         records = {trial_id: self.record(trial_id) for trial_id in plan.specs}
         verdicts = durable.read_json(folder / "verdicts.json") or {"verdicts": []}
         mirrored = durable.read_json(folder / "mlflow.json")
+        registered, unreadable = siblings.read_all(folder.parent)
         return StudyResults(
             plan=plan,
             runs=self.root,
             records=records,
             verdicts=tuple(_verdict_from_json(verdict) for verdict in verdicts["verdicts"]),
             looks_started=len((durable.read_json(folder / "looks.json") or {"looks": []})["looks"]),
-            post_hoc=self._post_hoc(plan, records),
+            post_hoc=_post_hoc(plan, records, registered),
+            unreadable=unreadable,
             mlflow=mirrored and {key: value for key, value in mirrored.items() if key != "format"},
         )
 
@@ -284,40 +294,27 @@ class Store:
                 found[path.parent.name] = Metrics.from_json(plain["metrics"])
         return found
 
-    def _ref(self, folder: Path) -> StudyRef | None:
-        plain = durable.read_json(folder / "registered.json")
-        if plain is None:
-            return None
-        study, profile, plan_hash = folder.parts[-3:]
-        return StudyRef(
-            study=study, profile=profile, plan_hash=plan_hash, registered_at=plain["registered_at"], path=folder
-        )
 
-    def _post_hoc(self, plan: Plan, records: dict[str, TrialRecord]) -> frozenset[str]:
-        """Name the claims first registered, in any plan of this study and profile, after a trial had finished."""
-        first: dict[str, str] = {}
-        for path in self.study_dir(plan).parent.glob("*/plan.json"):
-            ref, plain = self._ref(path.parent), durable.read_json(path)
-            if ref is not None and plain is not None:
-                for claim in plain["study"]["claims"]:
-                    first[_identity(claim)] = min(ref.registered_at, first.get(_identity(claim), ref.registered_at))
-        late: set[str] = set()
-        for claim in plan.study.claims:
-            variants = {term.variant for term in claim.terms}
-            registered = first.get(_identity(asdict(claim)), durable.now())
-            finished = [
-                result["finished_at"]
-                for trial in plan.trials
-                if trial.variant in variants and (result := records[trial.trial_id].result)
-            ]
-            if any(time < registered for time in finished):
-                late.add(claim.id)
-        return frozenset(late)
+def _ref(folder: Path, registered_at: str) -> StudyRef:
+    study, profile, plan_hash = folder.parts[-3:]
+    return StudyRef(study=study, profile=profile, plan_hash=plan_hash, registered_at=registered_at, path=folder)
 
 
-def _identity(claim: dict[str, Any]) -> str:
-    """What makes a claim the same claim: its contrast, kind and margin, not its wording."""
-    return json.dumps([claim["kind"], claim["margin"], claim["terms"]], sort_keys=True)
+def _post_hoc(plan: Plan, records: dict[str, TrialRecord], registered: Sequence[RegisteredPlan]) -> frozenset[str]:
+    """Name the claims first registered, in any plan of this study and profile, after a trial had finished."""
+    first = siblings.first_registered(registered)
+    late: set[str] = set()
+    for claim in plan.study.claims:
+        variants = {term.variant for term in claim.terms}
+        since = first.get(siblings.identity(asdict(claim)), durable.now())
+        finished = [
+            result["finished_at"]
+            for trial in plan.trials
+            if trial.variant in variants and (result := records[trial.trial_id].result)
+        ]
+        if any(time < since for time in finished):
+            late.add(claim.id)
+    return frozenset(late)
 
 
 def _state(

@@ -58,6 +58,19 @@ def test_unreadable_plan_is_an_entry_with_its_problem(tmp_path, fake_results, wr
     assert "plan.json" in by_profile["pictures"].problem
 
 
+def test_plan_of_a_later_version_is_an_entry_with_its_problem(tmp_path, fake_results, write_runs):
+    """Also a sibling of the same study and profile, which the healthy plan asks about late claims."""
+    write_runs(tmp_path, fake_results({"a": [0.3], "b": [0.3]}))
+    (healthy,) = load.entries(tmp_path)
+    later = healthy.ref.path.with_name("later")
+    for name in ("plan.json", "registered.json"):
+        durable.write_text(later / name, '{"format": 9}')
+    first, last = load.entries(tmp_path)
+    assert (first.key, first.problem) == (healthy.key, None)
+    assert first.results.unreadable == (last.problem,)
+    assert "was written by a later version" in last.problem
+
+
 def test_cards_show_the_stored_verdicts_in_points(finished_runs):
     """A card repeats the record's verdict, a hundred times larger, and judges nothing itself."""
     results = only(finished_runs)

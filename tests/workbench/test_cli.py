@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from workbench import cli
+from workbench.plan import make_plan
+from workbench.store import Store
+from workbench.study_file import Selection, load_study
 from workbench.study_schema import schema_text
 
 ROOT = Path(__file__).parent.parent.parent
@@ -119,6 +122,24 @@ def test_status_of_a_study_has_every_trial(tmp_path, capsys):
         "detached",
     )
     assert {"trial_id", "variant", "seed", "state", "attempts", "seconds", "metrics"} <= set(described["trials"][0])
+
+
+def test_one_bad_plan_does_not_hide_the_others(tmp_path, capsys):
+    """`status`, of all or of one study, and `report` tell once on stderr what they cannot read, and show the rest."""
+    arguments = [str(STUDY), "--profile", "smoke", "--runs", str(tmp_path / "runs")]
+    store = Store(tmp_path / "runs")
+    ref = store.register(make_plan(load_study(STUDY, Selection(profile="smoke"))), source="")
+    for name, text in (("later", '{"format": 9}'), ("other", '{"format": 1}')):
+        bad = ref.path.with_name(name)
+        bad.mkdir()
+        for file in ("plan.json", "registered.json"):
+            (bad / file).write_text(text)
+    for command in (["status", "--runs", str(tmp_path / "runs")], ["status", *arguments], ["report", *arguments]):
+        assert cli.main(command) == 0
+        captured = capsys.readouterr()
+        assert "refinement_detach" in captured.out
+        assert captured.err.count("Warning: left out of the records: ") == 2
+        assert captured.err.count(str(ref.path.with_name("later"))) == 1
 
 
 def test_schema_is_printed(capsys):

@@ -63,9 +63,42 @@ def test_a_damaged_plan_is_told_and_written_anew(store, toy_plan):
     """A truncated plan.json stops readers with its path; running the study repairs it."""
     ref = store.register(toy_plan, source="")
     (ref.path / "plan.json").write_text('{"format": 1, "pl')
-    with pytest.raises(StoreError, match=r"plan.json is missing or damaged: run the study again"):
+    with pytest.raises(StoreError, match=r"plan.json is damaged: remove it and run the study again"):
         store.results(ref)
     assert store.results(store.register(toy_plan, source="")).plan == toy_plan
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("plan.json", '{"format": 9}', r"plan.json: format 9 was written by a later version"),
+        ("plan.json", '{"format": 1, "study": []}', r"holds no plan \(TypeError"),
+        ("plan.json", "{", r"plan.json is damaged"),
+        ("registered.json", '{"format": 9}', r"registered.json: format 9 was written by a later version"),
+        ("registered.json", '{"format": 1}', r"holds no plan \(KeyError\('registered_at'\)\): remove it"),
+    ],
+)
+def test_one_bad_plan_leaves_the_others_readable(store, toy_plan, name, content, problem):
+    """A plan that is damaged or from a later version is told with its path, beside plans that are read as ever."""
+    ref = store.register(toy_plan, source="")
+    bad = store.register(replace(toy_plan, plan_hash="bad"), source="")
+    (bad.path / name).write_text(content)
+    results = store.results(ref)
+    assert (results.plan, results.post_hoc) == (toy_plan, frozenset())
+    (told,) = results.unreadable
+    assert str(bad.path) in told
+    assert store.studies() == (ref, replace(bad, registered_at=""))
+    with pytest.raises(StoreError, match=problem):
+        store.results(store.studies()[1])
+
+
+def test_a_kill_while_a_plan_is_registered_is_no_damage(store, toy_plan):
+    """A plan.json whose registration was never written is not a plan yet, and no problem either."""
+    ref = store.register(toy_plan, source="")
+    half = store.register(replace(toy_plan, plan_hash="half"), source="")
+    (half.path / "registered.json").unlink()
+    assert store.studies() == (ref,)
+    assert store.results(ref).unreadable == ()
 
 
 def test_verdicts_are_read_back_as_they_were(store, toy_plan, toy_trainer):

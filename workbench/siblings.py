@@ -1,0 +1,72 @@
+"""The plans that a study has had at one profile: each edit of its claims, looks or selection made another.
+
+A plan that cannot be read is told and left out: it must not take the readable ones with it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench import durable
+from workbench.errors import StoreError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegisteredPlan:
+    """What plans have to know of each other, without reading every configuration."""
+
+    folder: Path
+    registered_at: str  # UTC, ISO 8601
+    plain: dict[str, Any]  # plan.json
+    claims: dict[str, str]  # identity -> id
+
+
+def read(folder: Path) -> RegisteredPlan | None:
+    """Read a plan's folder; None where it was not registered, or not to the end.
+
+    Raises:
+        StoreError: a file of it is damaged, or a later version of the workbench wrote it.
+    """
+    if not (folder / "plan.json").exists() or not (folder / "registered.json").exists():
+        return None
+    try:
+        plain, registered = (_object(folder / name) for name in ("plan.json", "registered.json"))
+        claims = {identity(claim): str(claim["id"]) for claim in plain["study"]["claims"]}
+        return RegisteredPlan(folder=folder, registered_at=str(registered["registered_at"]), plain=plain, claims=claims)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{folder}: holds no plan ({error!r}): remove it and run the study again") from error
+
+
+def read_all(folder: Path) -> tuple[tuple[RegisteredPlan, ...], tuple[str, ...]]:
+    """Return the registered plans in the folder of a study and profile, and why others cannot be read."""
+    plans: list[RegisteredPlan] = []
+    problems: list[str] = []
+    for path in sorted(folder.glob("*/plan.json")):
+        try:
+            plans += [found] if (found := read(path.parent)) else []
+        except StoreError as error:
+            problems.append(str(error))
+    return tuple(plans), tuple(problems)
+
+
+def identity(claim: dict[str, Any]) -> str:
+    """Return what makes a claim the same claim: its contrast, kind and margin, not its wording."""
+    return json.dumps([claim["kind"], claim["margin"], claim["terms"]], sort_keys=True)
+
+
+def first_registered(plans: Sequence[RegisteredPlan]) -> dict[str, str]:
+    """Return when each claim, by its identity, was first registered."""
+    first: dict[str, str] = {}
+    for plan in plans:
+        for claim in plan.claims:
+            first[claim] = min(plan.registered_at, first.get(claim, plan.registered_at))
+    return first
+
+
+def _object(path: Path) -> dict[str, Any]:
+    plain = durable.read_json(path)
+    if plain is None:
+        raise StoreError(f"{path} is damaged: remove it and run the study again")
+    return plain
