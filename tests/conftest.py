@@ -86,6 +86,7 @@ def fake_results():
         last_gain=None,
         gives_verdicts=True,
         post_hoc=(),
+        looked_before=None,
         code_hash=None,
         epochs=4,
     ):
@@ -172,6 +173,7 @@ def fake_results():
             verdicts=(),
             looks_started=looks_started,
             post_hoc=frozenset(post_hoc),
+            looked_before=looked_before or {},
             unreadable=(),
             mlflow=None,
         )

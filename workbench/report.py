@@ -167,6 +167,8 @@ def _caption(results: StudyResults) -> str:
         f"looks: {looks}",
         f"scope: {study.scope}, on these pictures",
     ]
+    again = [verdict.claim for verdict in results.verdicts if verdict.looked_before]
+    sentences += [f"looked at before with other looks, so too sure: {', '.join(again)}"] if again else []
     return "; ".join(sentences) + "."
 
 

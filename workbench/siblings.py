@@ -5,12 +5,13 @@ A plan that cannot be read is told and left out: it must not take the readable o
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench import durable
 from workbench.errors import StoreError
+from workbench.study import FEWEST_SEEDS, Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,10 @@ class RegisteredPlan:
     registered_at: str  # UTC, ISO 8601
     plain: dict[str, Any]  # plan.json
     claims: dict[str, str]  # identity -> id
+    trials: frozenset[tuple[str, str]]  # variant, id
+    looks: tuple[dict[str, Any], ...]
+    looks_started: int
+    verdicts: dict[str, dict[str, Any]]  # claim's id -> the verdict stored last
 
 
 def read(folder: Path) -> RegisteredPlan | None:
@@ -33,8 +38,19 @@ def read(folder: Path) -> RegisteredPlan | None:
         return None
     try:
         plain, registered = (_object(folder / name) for name in ("plan.json", "registered.json"))
+        started = durable.read_json(folder / "looks.json") or {"looks": []}
+        judged = durable.read_json(folder / "verdicts.json") or {"verdicts": []}
         claims = {identity(claim): str(claim["id"]) for claim in plain["study"]["claims"]}
-        return RegisteredPlan(folder=folder, registered_at=str(registered["registered_at"]), plain=plain, claims=claims)
+        return RegisteredPlan(
+            folder=folder,
+            registered_at=str(registered["registered_at"]),
+            plain=plain,
+            claims=claims,
+            trials=frozenset((trial["variant"], trial["trial_id"]) for trial in plain["trials"]),
+            looks=tuple(plain["study"]["looks"]),
+            looks_started=len(started["looks"]),
+            verdicts={verdict["claim"]: verdict for verdict in judged["verdicts"]},
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{folder}: holds no plan ({error!r}): remove it and run the study again") from error
 
@@ -63,6 +79,34 @@ def first_registered(plans: Sequence[RegisteredPlan]) -> dict[str, str]:
         for claim in plan.claims:
             first[claim] = min(plan.registered_at, first.get(claim, plan.registered_at))
     return first
+
+
+def looked_before(plan: Plan, plans: Sequence[RegisteredPlan]) -> dict[str, tuple[str, ...]]:
+    """Return by claim how plans registered earlier had looked at it, on the same trials, with another set of looks.
+
+    Each set spends the whole alpha, so trying one after another spends it again. A look at fewer seeds than a verdict
+    takes could not have decided anything and does not count.
+    """
+    own = next((item for item in plans if item.folder.name == plan.plan_hash), None)
+    since = own.registered_at if own else durable.now()
+    looks = tuple(asdict(look) for look in plan.study.looks)
+    trials = {(trial.variant, trial.trial_id) for trial in plan.trials}
+    found: dict[str, list[str]] = {}
+    for item in sorted(plans, key=lambda item: item.registered_at):
+        if item.registered_at >= since or item.looks == looks:
+            continue
+        shared = {variant for variant, _ in trials & item.trials}
+        for claim in plan.study.claims:
+            verdict = item.verdicts.get(item.claims.get(identity(asdict(claim)), ""))
+            same = {term.variant for term in claim.terms} <= shared
+            if verdict and same and verdict["n_pairs"] >= FEWEST_SEEDS:
+                found.setdefault(claim.id, []).append(_look_text(item, verdict))
+    return {claim: tuple(told) for claim, told in found.items()}
+
+
+def _look_text(plan: RegisteredPlan, verdict: dict[str, Any]) -> str:
+    looks = [f"{look['seeds']} seeds at alpha {look['alpha']:g}" for look in plan.looks[: plan.looks_started]]
+    return f"{' and '.join(looks)} ({verdict['verdict']})"
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class StudyResults:
     verdicts: tuple[Verdict, ...]
     looks_started: int
     post_hoc: frozenset[str]  # claims first registered after a trial of theirs had finished
-    unreadable: tuple[str, ...]  # why other plans of the study and profile are left out, as for `post_hoc`
+    looked_before: dict[str, tuple[str, ...]]  # claim -> looks of other sets that earlier plans had taken at it
+    unreadable: tuple[str, ...]  # why other plans of the study and profile are left out of the two before
     mlflow: dict[str, Any] | None  # {"tracking_uri", "experiment_id", "parent_run_id", "runs": {trial_id: run_id}}
 
     def asked_for(self) -> tuple[PlannedTrial, ...]:
@@ -192,6 +193,7 @@ class Store:
             verdicts=tuple(_verdict_from_json(verdict) for verdict in verdicts["verdicts"]),
             looks_started=len((durable.read_json(folder / "looks.json") or {"looks": []})["looks"]),
             post_hoc=_post_hoc(plan, records, registered),
+            looked_before=siblings.looked_before(plan, registered),
             unreadable=unreadable,
             mlflow=mirrored and {key: value for key, value in mirrored.items() if key != "format"},
         )

@@ -50,6 +50,7 @@ class Verdict:
     post_hoc: bool
     differences: dict[int, float]
     notes: tuple[str, ...] = ()
+    looked_before: tuple[str, ...] = ()  # looks of other sets that earlier plans had taken at this claim
 
 
 def judge(results: StudyResults, *, seeds: int | None = None) -> tuple[Verdict, ...]:
@@ -141,6 +142,7 @@ def _judge_at(results: StudyResults, claim: Claim, evidence: Evidence, *, look: 
     interval = _interval(list(evidence.differences.values()), alphas)
     blocked = _why_blocked(results, claim, evidence, look)
     word: Word = "undecided" if blocked or interval is None else decide(claim.kind, interval, claim.margin)
+    looked_before = results.looked_before.get(claim.id, ())
     needed = None
     if blocked:
         reason = blocked
@@ -176,7 +178,8 @@ def _judge_at(results: StudyResults, claim: Claim, evidence: Evidence, *, look: 
         still_rising=evidence.still_rising,
         post_hoc=claim.id in results.post_hoc,
         differences=evidence.differences,
-        notes=_notes(claim, evidence, alphas),
+        notes=_notes(claim, evidence, alphas, looked_before),
+        looked_before=looked_before,
     )
 
 
@@ -259,9 +262,14 @@ def _for_want_of_seeds(
     return needed, f"{span}; about {needed} seeds are needed: {go_on}"
 
 
-def _notes(claim: Claim, evidence: Evidence, alphas: _Alphas) -> tuple[str, ...]:
+def _notes(claim: Claim, evidence: Evidence, alphas: _Alphas, looked_before: tuple[str, ...]) -> tuple[str, ...]:
     """Return what a reader must know besides the reason."""
     found: list[str] = []
+    if looked_before:
+        found.append(
+            f"looked at before with other looks: {'; '.join(looked_before)}. Each set of looks spends the whole alpha, "
+            "so these statistics are too sure of themselves"
+        )
     left_out = (*evidence.failed, *evidence.diverged)
     if left_out:
         found.append(f"pairs left out: {_and(left_out)} gave no result")

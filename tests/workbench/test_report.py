@@ -169,6 +169,17 @@ def test_post_hoc_claims_are_marked_everywhere(fake_results):
     assert "Post hoc: this claim was written down after" in report.render(results, format="text")
 
 
+def test_claims_looked_at_before_are_marked_everywhere(fake_results):
+    """A claim that spent its alpha before says so in every format, and with what was seen where notes are shown."""
+    before = ("5 seeds at alpha 0.05 (undecided)", "6 seeds at alpha 0.05 (undecided)")
+    results = fake_results(APS, looked_before={"kept_better": before})
+    results = replace(results, verdicts=judge(results))
+    for kind in ("text", "md", "html", "latex"):
+        page = " ".join(report.render(results, format=kind).replace("\\", "").split())
+        assert "looked at before with other looks, so too sure: kept_better." in page
+        assert kind == "latex" or f"Note: looked at before with other looks: {'; '.join(before)}." in page
+
+
 def test_colours_are_told_apart_and_fixed_by_place():
     """Variants keep their colours whichever others are drawn after them."""
     names = [f"v{index}" for index in range(7)]

@@ -152,6 +152,51 @@ def test_a_claim_written_before_its_trials_is_not_post_hoc_in_a_larger_plan(stor
     assert store.results_for(larger).post_hoc == frozenset()
 
 
+def _judge_all(store, plan, trainer):
+    """Register a plan, run and judge its first look, and return the one verdict."""
+    ref = store.register(plan, source="")
+    run_all(plan, store, trainer)
+    store.start_look(ref, 1)
+    verdicts = judge(store.results(ref))
+    store.save_verdicts(ref, verdicts)
+    (verdict,) = store.results(ref).verdicts
+    return verdict
+
+
+@pytest.fixture
+def with_seeds(toy_study):
+    """Return a maker of plans of the toy study with one look of so many seeds."""
+
+    def plan(seeds, *sets):
+        return make_plan(load_study(toy_study, Selection(profile="laptop", seeds=seeds, sets=sets)))
+
+    return plan
+
+
+def test_trying_one_number_of_seeds_after_another_is_marked(store, with_seeds, toy_trainer):
+    """Each further set of looks names the earlier ones with their verdicts; the first stays unmarked, also later."""
+    verdicts = [_judge_all(store, with_seeds(seeds), toy_trainer()) for seeds in (5, 6, 7)]
+    assert [verdict.looked_before for verdict in verdicts] == [
+        (),
+        ("5 seeds at alpha 0.05 (undecided)",),
+        ("5 seeds at alpha 0.05 (undecided)", "6 seeds at alpha 0.05 (undecided)"),
+    ]
+    assert verdicts[1].notes[0].startswith("looked at before with other looks: 5 seeds at alpha 0.05 (undecided). ")
+    assert _judge_all(store, with_seeds(5), toy_trainer()).looked_before == ()
+
+
+def test_only_looks_that_could_have_decided_the_claim_count(store, with_seeds, toy_trainer):
+    """Too few seeds, a plan never judged, another margin and other trials are no earlier looks at the claim."""
+    _judge_all(store, with_seeds(2), toy_trainer())
+    store.register(with_seeds(8), source="")
+    _judge_all(store, with_seeds(7, "data.num_train=17"), toy_trainer())
+    plan = with_seeds(5)
+    (claim,) = plan.study.claims
+    moved = replace(plan.study, claims=(replace(claim, margin=claim.margin / 2),))
+    _judge_all(store, replace(plan, study=moved, plan_hash="moved"), toy_trainer())
+    assert _judge_all(store, with_seeds(6), toy_trainer()).looked_before == ()
+
+
 def test_one_driver_at_a_time(store, toy_plan):
     """A second driver is told who runs the study and since when; a kill -9 of the first lets it in."""
     ref = store.register(toy_plan, source="")
