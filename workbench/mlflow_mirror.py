@@ -222,9 +222,7 @@ class Mirror:
         found = client.get_experiment_by_name(name)
         if found is None:
             remote = self.tracking_uri.startswith("http")  # a server knows where its artifacts go
-            location = None if remote else self._store.mlflow_artifacts.as_uri()
-            # Without its kind, MLflow's pages open on traces of language models.
-            return client.create_experiment(name, location, tags={"mlflow.experimentKind": "custom_model_development"})
+            return client.create_experiment(name, None if remote else self._store.mlflow_artifacts.as_uri())
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return found.experiment_id
