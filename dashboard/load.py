@@ -264,7 +264,8 @@ def mlflow_url(results: StudyResults, trial_id: str | None = None) -> str | None
         return None
     server = mirror["tracking_uri"].rstrip("/")
     root = server if server.startswith("http") else MLFLOW_UI
-    return f"{root}/#/experiments/{mirror['experiment_id']}/runs/{run}"
+    # Without the type, MLflow's pages open on what they have for language models.
+    return f"{root}/#/experiments/{mirror['experiment_id']}/runs/{run}?workflowType=machine_learning"
 
 
 def mlflow_command(results: StudyResults) -> str | None:

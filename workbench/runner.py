@@ -246,12 +246,14 @@ class _Run:
         for warning in self.plan.warnings:
             self.say(f"Warning: {warning}")
         self.say(f"MLflow:    {ui_command(self.mirror.tracking_uri)}")
+        self.say("           then http://127.0.0.1:5000/#/experiments?workflowType=machine_learning")
         self.say(f"Dashboard: {dashboard_command(self.store.root)}")
 
     def _say_failure(self, trial: PlannedTrial) -> None:
         error = self.store.record(trial.trial_id).error or {}
         self.say(f"{trial.variant} seed {trial.seed} ({trial.trial_id}) failed: {error.get('class')}")
-        for line in error.get("traceback", "").strip().splitlines()[-4:] or [error.get("message", "")]:
+        trace = [] if error.get("class") == "bad_config" else error.get("traceback", "").strip().splitlines()
+        for line in trace[-4:] or [error.get("message", "")]:  # a message for users says more than where it was raised
             self.say(f"    {line}")
         self.say(f"    {self.store.trial_dir(trial.trial_id) / 'error.json'}")
 

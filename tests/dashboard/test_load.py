@@ -147,12 +147,12 @@ def test_failures_say_why_and_where_to_read_more(running_runs):
 def test_mlflow_links(finished_runs, running_runs):
     """Links point into MLflow's own pages once something was mirrored; a server of one's own keeps its address."""
     results = only(finished_runs)
-    assert load.mlflow_url(results) == "http://127.0.0.1:5000/#/experiments/7/runs/parent"
-    assert load.mlflow_url(results, "kept-1") == "http://127.0.0.1:5000/#/experiments/7/runs/run-kept-1"
+    assert load.mlflow_url(results) == "http://127.0.0.1:5000/#/experiments/7/runs/parent?workflowType=machine_learning"
+    assert load.mlflow_url(results, "kept-1") == "http://127.0.0.1:5000/#/experiments/7/runs/run-kept-1?workflowType=machine_learning"
     database = Store(finished_runs, create=False).mlflow_database
     assert load.mlflow_command(results) == f"mlflow ui --backend-store-uri sqlite:///{database}"
     served = replace(results, mlflow={**results.mlflow, "tracking_uri": "https://mlflow.example/"})
-    assert load.mlflow_url(served) == "https://mlflow.example/#/experiments/7/runs/parent"
+    assert load.mlflow_url(served) == "https://mlflow.example/#/experiments/7/runs/parent?workflowType=machine_learning"
     assert load.mlflow_command(served) is None
     assert load.mlflow_url(only(running_runs)) is None
     assert load.mlflow_command(only(running_runs)) is None

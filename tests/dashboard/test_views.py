@@ -158,8 +158,8 @@ def test_runs_show_every_trial_and_what_went_wrong(page, running_runs):
 def test_runs_link_to_mlflow(page, finished_runs):
     """The study and each trial link to their MLflow pages, with the line that starts those."""
     app = page(finished_runs, "views/runs.py")
-    assert app.link_button[0].url == "http://127.0.0.1:5000/#/experiments/7/runs/parent"
-    assert app.dataframe[0].value.iloc[0]["mlflow"].endswith("/runs/run-detached-0")
+    assert app.link_button[0].url == "http://127.0.0.1:5000/#/experiments/7/runs/parent?workflowType=machine_learning"
+    assert app.dataframe[0].value.iloc[0]["mlflow"].endswith("/runs/run-detached-0?workflowType=machine_learning")
     assert any(code.value.startswith("mlflow ui --backend-store-uri sqlite:///") for code in app.code)
 
 
