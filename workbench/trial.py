@@ -325,7 +325,7 @@ def _error_class(error: BaseException) -> str:
         return "out_of_memory"
     if isinstance(error, OSError):
         return "io"
-    return "bad_config" if names & {"WorkbenchError", "DataProblem"} else "error"
+    return "bad_config" if names & {"WorkbenchError", "DataProblem", "WeightsProblem"} else "error"
 
 
 def _cpu_seconds() -> float:

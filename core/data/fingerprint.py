@@ -16,6 +16,7 @@ SHAPES_VERSION = 1
 
 SplitName = Literal["train", "val"]
 LAYOUT = "annotations/instances_{train,val}.json with pictures in train/ and val/, or train2017 and val2017 for both"
+_REMEDY = "export it again in COCO format or name another folder with --data"
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
 
@@ -75,7 +76,8 @@ def check_folder(config: Data, root: Path | None) -> list[str]:
             continue
         names = [entry["file_name"] for entry in raw["images"] if isinstance(entry, dict) and "file_name" in entry]
         if not any((files.pictures / str(name)).is_file() for name in names):
-            problems.append(f"{files.pictures}: holds none of the {len(names)} pictures that {files.annotations} names")
+            found = f"holds none of the {len(names)} pictures that {files.annotations} names"
+            problems.append(f"{files.pictures}: {found}; put them there or name another folder with --data")
     if len(categories) == 2:
         problems.extend(_disagreements(folder, *categories))
     return problems
@@ -134,20 +136,20 @@ def read_annotations(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataProblem(f"{path}: cannot be read ({error.strerror}); check the folder given by --data") from error
     except ValueError as error:  # of JSON and of its encoding
-        raise DataProblem(
-            f"{path}: is not JSON ({error}); export it again or name another folder with --data"
-        ) from error
+        raise DataProblem(f"{path}: is not JSON ({error}); {_REMEDY}") from error
     if not isinstance(raw, dict):
         raise DataProblem(
-            f"{path}: holds a {type(raw).__name__}, not a JSON object with images, annotations, categories"
+            f"{path}: holds a {type(raw).__name__}, not a JSON object with images, annotations, categories; {_REMEDY}"
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(raw.get(key), list):
-            raise DataProblem(f"{path}: has no list '{key}', found {sorted(map(str, raw))}; COCO format needs it")
+            raise DataProblem(f"{path}: has no list '{key}', found {sorted(map(str, raw))}; {_REMEDY}")
     if not raw["images"]:
         raise DataProblem(f"{path}: the list 'images' is empty; name another folder with --data")
     if not category_names(raw):
-        raise DataProblem(f"{path}: the list 'categories' names no class; each entry needs an integer id and a name")
+        raise DataProblem(
+            f"{path}: the list 'categories' names no class; each entry needs an integer id and a name; {_REMEDY}"
+        )
     return raw
 
 
@@ -173,7 +175,8 @@ def shared_categories(folder: Path, splits: list[dict[int, str]]) -> dict[int, s
 
 def _disagreements(folder: Path, train: dict[int, str], val: dict[int, str]) -> list[str]:
     return [
-        f"{folder}: category {key} is '{train[key]}' in train and '{val[key]}' in val; export both with the same ones"
+        f"{folder}: category {key} is '{train[key]}' in train and '{val[key]}' in val; export both with the same ones "
+        "or name another folder with --data"
         for key in sorted(train.keys() & val.keys())
         if train[key] != val[key]
     ]

@@ -1,6 +1,7 @@
 """The command line: exit codes, streams, JSON, and how little it loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -82,12 +83,56 @@ def test_file_where_the_runs_folder_should_be(command, tmp_path, capsys):
     assert "--runs" in capsys.readouterr().err
 
 
-def test_missing_data_folder_names_path_and_flag(tmp_path, capsys):
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_missing_data_folder_names_path_and_flag(command, tmp_path, capsys):
     """A folder of pictures that does not exist ends with 2, its path and --data."""
-    assert cli.main(["plan", str(STUDY), "--data", str(tmp_path / "none"), "--runs", str(tmp_path / "runs")]) == 2
+    assert cli.main([command, str(STUDY), "--data", str(tmp_path / "none"), "--runs", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "none") in error
     assert "--data" in error
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("spoil", "where", "what"),
+    [
+        (lambda folder: (folder / "annotations" / "instances_val.json").unlink(), "instances_val.json", "no such file"),
+        (lambda folder: shutil.rmtree(folder / "val"), "val", "no such folder"),
+        (lambda folder: (folder / "val" / "1.jpg").unlink(), "val", "holds none of the 1 pictures"),
+        (lambda folder: _rewrite(folder, lambda _: "{"), "instances_val.json", "is not JSON"),
+        (lambda folder: _rewrite(folder, lambda _: "[]"), "instances_val.json", "holds a list"),
+        (lambda folder: _rewrite(folder, _without("categories")), "instances_val.json", "has no list 'categories'"),
+        (lambda folder: _rewrite(folder, _without("images")), "instances_val.json", "has no list 'images'"),
+        (lambda folder: _rewrite(folder, _with(categories=[])), "instances_val.json", "names no class"),
+        (lambda folder: _rewrite(folder, _with(categories=[{"id": 1, "name": "ring"}])), "coco", "'disc' in train"),
+    ],
+)
+def test_unusable_pictures_name_path_and_flag(command, spoil, where, what, coco_folder, tmp_path, capsys):
+    """Whatever is wrong with a folder is one line with its path and --data, exit code 2, and nothing is begun."""
+    spoil(coco_folder)
+    assert cli.main([command, str(STUDY), "--data", str(coco_folder), "--runs", str(tmp_path / "runs")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(str(coco_folder))
+    assert where in line.split(": ")[0]
+    assert what in line
+    assert "--data" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def _rewrite(folder, change):
+    """Replace the text of the annotations of the val split."""
+    path = folder / "annotations" / "instances_val.json"
+    path.write_text(change(path.read_text()))
+
+
+def _without(key):
+    return lambda text: json.dumps({name: value for name, value in json.loads(text).items() if name != key})
+
+
+def _with(**changed):
+    return lambda text: json.dumps(json.loads(text) | changed)
 
 
 def test_plan_is_one_json_document(tmp_path, capsys):

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+import torch
 
 from workbench.durable import EventReader
 from workbench.plan import make_plan
@@ -82,6 +83,20 @@ def test_a_failed_trial_is_told_and_tried_again(toy_plan, store):
     code, _, _ = run(toy_plan, store)
     assert code == 0
     assert [store.record(item.trial_id).attempts for item in toy_plan.trials] == [1, 2, 1, 1]
+
+
+def test_weights_that_do_not_fit_are_told_in_words(toy_study, store, tmp_path):
+    """What only the trial can find out about its configuration is a message for users, tried once by a command."""
+    torch.save({}, tmp_path / "empty.pth")
+    backbone = f"model.backbone={{kind: resnet, depth: 18, weights: {tmp_path / 'empty.pth'}}}"
+    plan = make_plan(load_study(toy_study, Selection(profile="smoke", seeds=1, sets=(*SETS, backbone))))
+    code, _, err = run(plan, store)
+    assert code == 1
+    assert err.count("failed: bad_config") == 2
+    assert f"    {tmp_path / 'empty.pth'}: 100 tensors of resnet18 are missing" in err
+    assert "Traceback" not in err
+    assert "in load_pretrained" not in err
+    assert {record.attempts for record in store.results_for(plan).records.values()} == {1}
 
 
 def test_more_threads_than_cores_are_refused_before_anything_starts(toy_study, store):

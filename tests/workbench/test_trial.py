@@ -6,6 +6,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from core.data.fingerprint import DataProblem
+from core.model.backbone import WeightsProblem
 from workbench import attempts
 from workbench.errors import DataError
 from workbench.processes import Process
@@ -91,6 +93,8 @@ def test_only_the_missing_evaluation_is_done(spec, store, toy_trainer):
         (MemoryError(), "out_of_memory"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "out_of_memory"),
         (DataError("no pictures"), "bad_config"),
+        (DataProblem("a.jpg: could be read before"), "bad_config"),
+        (WeightsProblem("w.pth: no such weights file"), "bad_config"),
         (SystemExit(0), "error"),
     ],
 )
@@ -106,6 +110,7 @@ def test_an_error_becomes_the_record(spec, store, toy_trainer, error, kind):
     assert record.state == "failed"
     assert record.error["class"] == kind
     assert record.error["type"] == type(error).__name__
+    assert record.error["message"] == (str(error) or "MemoryError")
     assert (record.error["step"], record.error["attempt"]) == (2, 1)
     assert "before_step" in record.error["traceback"]
     trainer = toy_trainer()
