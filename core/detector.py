@@ -29,8 +29,10 @@ class DetrDetector(nn.Module):
         return self.model(batch)[-1]
 
     def detect(self, batch: Batch, *, top_k: int) -> tuple[Detections, ...]:
-        """Return the detections of each picture."""
-        return to_detections(self.predict(batch), batch.targets, top_k=top_k)
+        """Return the detections of each picture, and which true box each belongs to."""
+        prediction = self.predict(batch)
+        assignments = self.criterion.matcher(prediction, batch.targets)
+        return to_detections(prediction, batch.targets, assignments, top_k=top_k)
 
 
 def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:

@@ -273,10 +273,12 @@ def _save(trainer: Trainer, checkpoints: Path, on_event: Callable[[Event], None]
 def _subset_metrics(trainer: Trainer) -> dict[str, Metrics]:
     config = trainer.config.evaluation
     indices = subset_indices(len(trainer.data.scored), config.training_subset)
-    return {
-        parameters: score(detector, top_k=config.top_k, data=trainer.data, indices=indices, device=trainer.device)
-        for parameters, detector in trainer.scored().items()
-    }
+    metrics = {}
+    for parameters, detector in trainer.scored().items():
+        detector.eval()
+        scored = score(detector, top_k=config.top_k, data=trainer.data, indices=indices, device=trainer.device)
+        metrics[parameters] = scored[0]
+    return metrics
 
 
 def parameter_groups(detector: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:

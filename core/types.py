@@ -165,7 +165,8 @@ class Detections:
     """The scored boxes of one picture, best first.
 
     `scores` (D,) in [0, 1]; `labels` (D,) in 0..K-1; `boxes_xyxy_px` (D, 4) in pixels of the original picture;
-    `queries` (D,) the query that each comes from.
+    `queries` (D,) the query that each comes from, of decoder layer `layer`; `gt_ids` (D,) the annotation that one-to-one
+    matching gives that query, or -1.
     """
 
     picture_id: int
@@ -173,6 +174,15 @@ class Detections:
     labels: Tensor
     boxes_xyxy_px: Tensor
     queries: Tensor
+    gt_ids: Tensor
+    layer: int
+
+    def best(self, count: int) -> "Detections":
+        """Keep the first `count`."""
+        kept = {
+            name: getattr(self, name)[:count] for name in ("scores", "labels", "boxes_xyxy_px", "queries", "gt_ids")
+        }
+        return replace(self, **kept)
 
 
 class Detector(Protocol):
@@ -182,6 +192,6 @@ class Detector(Protocol):
         """Return the loss terms of one batch; `generator` feeds what is random in the loss (denoising)."""
         ...
 
-    def detect(self, batch: Batch) -> tuple[Detections, ...]:
-        """Return the detections of each picture, top_k of them at most."""
+    def detect(self, batch: Batch, *, top_k: int) -> tuple[Detections, ...]:
+        """Return the detections of each picture, best first, `top_k` of them at most."""
         ...

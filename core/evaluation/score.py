@@ -1,7 +1,7 @@
 """Score a detector on pictures, and keep what it predicted."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,10 @@ from core.checkpoint import load_checkpoint
 from core.config import EvaluationConfig, ExperimentConfig
 from core.data.batching import scoring_batches
 from core.data.splits import DataSplits
-from core.detector import DetrDetector, build_detector
+from core.detector import build_detector
 from core.evaluation.coco_ap import coco_metrics
-from core.evaluation.postprocess import to_detections
-from core.loss.matcher import HungarianMatcher
 from core.metrics import Metrics
-from core.types import Batch, Detections, Prediction
+from core.types import Detections, Detector
 
 SCORING_BATCH = 8  # dense attention aside, predictions do not depend on it
 KEPT_PAIRS = 300  # (query, class) pairs a picture that are kept as evidence
@@ -38,13 +36,22 @@ class Evaluation:
 
 
 def score(
-    detector: DetrDetector, *, top_k: int, data: DataSplits, indices: Sequence[int], device: torch.device
-) -> Metrics:
-    """Return the COCO numbers on the pictures `indices` of the scored split."""
-    detections: list[Detections] = []
-    for batch, prediction in _predictions(detector, data, indices, device):
-        detections.extend(to_detections(prediction, batch.targets, top_k=top_k))
-    return _metrics(detections, data, indices)
+    detector: Detector, *, top_k: int, data: DataSplits, indices: Sequence[int], device: torch.device
+) -> tuple[Metrics, list[Detections]]:
+    """Score the pictures `indices` of the scored split by their `top_k` best detections; return all that are kept, too.
+
+    The detector must be in evaluation mode.
+    """
+    found: list[Detections] = []
+    for batch in scoring_batches(data.scored, indices, batch_size=SCORING_BATCH):
+        found.extend(detector.detect(batch.to(device), top_k=max(top_k, KEPT_PAIRS)))
+    metrics = coco_metrics(
+        [detections.best(top_k) for detections in found],
+        data.ground_truth,
+        class_names=data.class_names,
+        picture_ids=[data.scored.picture_ids[index] for index in indices],
+    )
+    return metrics, found
 
 
 def evaluate(
@@ -57,54 +64,24 @@ def evaluate(
     detector = build_detector(config, num_classes=len(data.class_names), seed=0)
     averaged = evaluation.parameters == "averaged" and state["averaged"] is not None
     detector.load_state_dict(state["averaged" if averaged else "raw"])
-    detector.to(device)
+    detector.to(device).eval()
     indices = range(len(data.scored))
-    matcher = config.loss.matcher
-    match = HungarianMatcher(cost_class=matcher.cost_class, cost_l1=matcher.cost_l1, cost_giou=matcher.cost_giou)
-    detections: list[Detections] = []
-    rows: list[dict[str, np.ndarray]] = []
-    for batch, prediction in _predictions(detector, data, indices, device):
-        detections.extend(to_detections(prediction, batch.targets, top_k=evaluation.top_k))
-        rows.extend(_rows(batch, prediction, match))
-    columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
-    return Evaluation(
-        metrics=_metrics(detections, data, indices), predictions=columns, seconds=time.perf_counter() - began
-    )
+    metrics, found = score(detector, top_k=evaluation.top_k, data=data, indices=indices, device=device)
+    return Evaluation(metrics=metrics, predictions=_columns(found), seconds=time.perf_counter() - began)
 
 
-def _predictions(
-    detector: DetrDetector, data: DataSplits, indices: Sequence[int], device: torch.device
-) -> Iterator[tuple[Batch, Prediction]]:
-    detector.eval()
-    for batch in scoring_batches(data.scored, indices, batch_size=SCORING_BATCH):
-        moved = batch.to(device)
-        yield moved, detector.predict(moved)
+def _columns(found: list[Detections]) -> dict[str, np.ndarray]:
+    def joined(name: str, dtype: type) -> np.ndarray:
+        return torch.cat([getattr(detections, name)[:KEPT_PAIRS] for detections in found]).cpu().numpy().astype(dtype)
 
-
-def _metrics(detections: list[Detections], data: DataSplits, indices: Sequence[int]) -> Metrics:
-    picture_ids = [data.scored.picture_ids[index] for index in indices]
-    return coco_metrics(detections, data.ground_truth, class_names=data.class_names, picture_ids=picture_ids)
-
-
-def _rows(batch: Batch, prediction: Prediction, match: HungarianMatcher) -> list[dict[str, np.ndarray]]:
-    kept = to_detections(prediction, batch.targets, top_k=KEPT_PAIRS)
-    owners = np.full(prediction.boxes.shape[:2], -1, dtype=np.int64)  # (B, Q)
-    assignments = match(prediction, batch.targets)
-    for own, target, assignment in zip(owners, batch.targets, assignments, strict=True):
-        own[assignment.queries.cpu()] = target.annotation_ids[assignment.targets].cpu()
-    rows = []
-    for picture, found in enumerate(kept):
-        queries = found.queries.cpu().numpy()
-        boxes = found.boxes_xyxy_px.cpu().numpy().astype(np.float32)
-        rows.append(
-            {
-                "image_id": np.full(len(queries), found.picture_id, dtype=np.int64),
-                "layer": np.full(len(queries), prediction.layer, dtype=np.int16),
-                "query": queries.astype(np.int32),
-                "class": found.labels.cpu().numpy().astype(np.int32),
-                "score": found.scores.cpu().numpy().astype(np.float32),
-                **{name: boxes[:, column] for column, name in enumerate(("x0", "y0", "x1", "y1"))},
-                "gt_id": owners[picture, queries],
-            }
-        )
-    return rows
+    counts = [min(len(detections.scores), KEPT_PAIRS) for detections in found]
+    boxes = joined("boxes_xyxy_px", np.float32)
+    return {
+        "image_id": np.repeat(np.array([detections.picture_id for detections in found], np.int64), counts),
+        "layer": np.repeat(np.array([detections.layer for detections in found], np.int16), counts),
+        "query": joined("queries", np.int32),
+        "class": joined("labels", np.int32),
+        "score": joined("scores", np.float32),
+        **{name: boxes[:, column] for column, name in enumerate(("x0", "y0", "x1", "y1"))},
+        "gt_id": joined("gt_ids", np.int64),
+    }

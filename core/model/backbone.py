@@ -236,4 +236,4 @@ def _freeze_through(body: nn.Module, last: str) -> None:
     inside = [index for index, (name, _) in enumerate(modules) if name == last or name.startswith(f"{last}.")]
     for _, module in modules[: inside[-1] + 1]:
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False

@@ -19,7 +19,7 @@ class LevelPosition(nn.Module):
     def __init__(self, *, dim: int, num_levels: int, temperature: float, offset: float, level_embed: bool) -> None:
         super().__init__()
         self.offset = offset
-        self.register_buffer("frequencies", _frequencies(dim // 2, temperature), persistent=False)
+        self.register_buffer("frequencies", sine_frequencies(dim // 2, temperature), persistent=False)
         self.register_parameter("level_embed", nn.Parameter(torch.empty(num_levels, dim)) if level_embed else None)
         self.reset_parameters()
 
@@ -57,7 +57,7 @@ class SineQueryPosition(nn.Module):
 
     def __init__(self, *, dim: int, temperature: float = 10000.0) -> None:
         super().__init__()
-        self.register_buffer("frequencies", _frequencies(dim // 2, temperature), persistent=False)
+        self.register_buffer("frequencies", sine_frequencies(dim // 2, temperature), persistent=False)
         self.mlp = MLP(2 * dim, dim, dim)
 
     frequencies: Tensor
@@ -72,7 +72,8 @@ def sine_of_boxes(boxes: Tensor, frequencies: Tensor) -> Tensor:
     return _sine(boxes * (2 * math.pi), frequencies).flatten(-2)
 
 
-def _frequencies(num: int, temperature: float) -> Tensor:
+def sine_frequencies(num: int, temperature: float) -> Tensor:
+    """Return the `num` angular frequencies of a sine embedding, each twice: for the sine and for the cosine."""
     pairs = torch.arange(num, dtype=torch.float32) // 2 * 2
     return temperature ** (-pairs / num)
 

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from core.boxes import inverse_sigmoid
 from core.model.encoder import cell_centres
 from core.model.layers import BoxMLP, Linear
-from core.model.position import sine_of_boxes
+from core.model.position import sine_frequencies, sine_of_boxes
 from core.types import Memory, Prediction, QuerySet, Target
 
 
@@ -93,8 +93,7 @@ class SelectedFromEncoder(nn.Module):
     def __init__(self, *, num_queries: int, dim: int, temperature: float, static_position: bool) -> None:
         super().__init__()
         self.num_queries = num_queries
-        pairs = torch.arange(dim // 2, dtype=torch.float32) // 2 * 2
-        self.register_buffer("frequencies", temperature ** (-pairs / (dim // 2)), persistent=False)
+        self.register_buffer("frequencies", sine_frequencies(dim // 2, temperature), persistent=False)
         width = 2 * dim if static_position else dim
         self.projection = Linear(2 * dim, width)
         self.norm = nn.LayerNorm(width)

@@ -55,6 +55,8 @@ def detected(picture_id, boxes_xywh, labels, scores):
         labels=torch.tensor(labels, dtype=torch.int64),
         boxes_xyxy_px=boxes,
         queries=torch.arange(len(scores)),
+        gt_ids=torch.full((len(scores),), -1),
+        layer=0,
     )
 
 
