@@ -2,7 +2,7 @@
 
 Defaults are Deformable DETR on COCO with ResNet-50 as published (arXiv:2010.04159, Table 1 and the official
 code), with every later idea off. A choice with parameters is a union tagged by `kind`; a part that may be absent is
-`X | None`. Fields marked `Operational` say how a trial is run, not what it computes: they stay out of its identity.
+`X | None`. Fields marked `OPERATIONAL` say how a trial is run, not what it computes: they stay out of its identity.
 Rules across fields are checked here, once, in words, with the remedy.
 """
 

@@ -165,8 +165,8 @@ class Detections:
     """The scored boxes of one picture, best first.
 
     `scores` (D,) in [0, 1]; `labels` (D,) in 0..K-1; `boxes_xyxy_px` (D, 4) in pixels of the original picture;
-    `queries` (D,) the query that each comes from, of decoder layer `layer`; `gt_ids` (D,) the annotation that one-to-one
-    matching gives that query, or -1.
+    `queries` (D,) the query that each comes from, in decoder layer `layer`; `gt_ids` (D,) the annotation that
+    one-to-one matching gives that query, or -1.
     """
 
     picture_id: int
