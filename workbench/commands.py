@@ -57,8 +57,7 @@ def next_run(results: StudyResults) -> tuple[str, str] | None:
 
 def wants_seeds(results: StudyResults, verdict: Verdict) -> bool:
     """Return whether a claim is undecided for want of seeds and a look with more of them is planned."""
-    later = results.looks_started < len(results.plan.study.looks)
-    return later and verdict.verdict == "undecided" and verdict.seeds_needed is not None
+    return verdict.more_seeds and results.looks_started < len(results.plan.study.looks)
 
 
 def dashboard_command(runs: Path) -> str:

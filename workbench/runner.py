@@ -15,11 +15,11 @@ from typing import Literal, TextIO
 
 from workbench import report
 from workbench.attempts import read as read_attempts
-from workbench.commands import dashboard_command
+from workbench.commands import dashboard_command, wants_seeds
 from workbench.errors import StoreError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror, ui_command
-from workbench.progress import Progress, duration
+from workbench.progress import Progress
 from workbench.store import Store, StudyRef, StudyResults
 from workbench.study import Plan, PlannedTrial
 from workbench.trial import complete, write_error
@@ -210,20 +210,17 @@ class _Run:
         return complete(self.store.record(trial.trial_id), self.plan.specs[trial.trial_id])
 
     def _another_look(self, results: StudyResults, number: int, budget_seconds: float | None) -> bool:
-        looks = self.plan.study.looks
-        undecided = [v.claim for v in results.verdicts if v.verdict == "undecided" and v.seeds_needed is not None]
-        if not undecided or number == len(looks):
+        undecided = [verdict.claim for verdict in results.verdicts if wants_seeds(results, verdict)]
+        if not undecided:
             return False
-        new = [trial for trial in self.plan.at_look(looks[number]) if not self._over(trial)]
-        if not new:
-            return False
+        new = [trial for trial in self.plan.at_look(self.plan.study.looks[number]) if not self._over(trial)]
         known = [record.total_seconds for record in results.records.values() if record.state == "finished"]
         expected = len(new) * sum(known) / max(1, len(known)) / self.resources.concurrency
         elapsed = time.monotonic() - self.began
-        if budget_seconds is not None and elapsed + expected > budget_seconds:
+        if new and budget_seconds is not None and elapsed + expected > budget_seconds:
             self.say(
-                f"Undecided: {', '.join(undecided)}. The next look needs about {duration(expected)}, and "
-                f"{duration(max(0.0, budget_seconds - elapsed))} of the budget are left: raise --budget to go on."
+                f"Undecided: {', '.join(undecided)}. The next look needs about {report.duration(expected)}, and "
+                f"{report.duration(max(0.0, budget_seconds - elapsed))} of the budget are left: raise --budget to go on."
             )
             return False
         return True

@@ -45,11 +45,12 @@ class Verdict:
     correlation: float | None  # between the two sides over seeds; None unless the claim has two terms
     p_value: float | None
     strong: bool  # supported beyond the margin
-    seeds_needed: int | None  # for 80 % power at the margin; only when undecided for want of seeds
+    seeds_needed: int | None  # for 80 % power at the margin; only when undecided for want of that many
     still_rising: tuple[str, ...]  # variants whose curves had not flattened: "learns faster", not "is better"
     post_hoc: bool
     differences: dict[int, float]
     notes: tuple[str, ...] = ()
+    more_seeds: bool = False  # undecided, and a later look of the plan may decide it
     looked_before: tuple[str, ...] = ()  # looks of other sets that earlier plans had taken at this claim
 
 
@@ -143,13 +144,13 @@ def _judge_at(results: StudyResults, claim: Claim, evidence: Evidence, *, look: 
     blocked = _why_blocked(results, claim, evidence, look)
     word: Word = "undecided" if blocked or interval is None else decide(claim.kind, interval, claim.margin)
     looked_before = results.looked_before.get(claim.id, ())
-    needed = None
+    needed, more_seeds = None, False
     if blocked:
         reason = blocked
     elif interval is None or interval.p_value is None:
         reason = "the difference is the same in every seed: check that the variants differ in what the metric sees"
     elif word == "undecided":
-        needed, reason = _for_want_of_seeds(results, claim, interval, look)
+        needed, more_seeds, reason = _for_want_of_seeds(results, claim, interval, look)
     else:
         reason = _decided_because(claim, word, interval, evidence)
     return Verdict(
@@ -179,6 +180,7 @@ def _judge_at(results: StudyResults, claim: Claim, evidence: Evidence, *, look: 
         post_hoc=claim.id in results.post_hoc,
         differences=evidence.differences,
         notes=_notes(claim, evidence, alphas, looked_before),
+        more_seeds=more_seeds,
         looked_before=looked_before,
     )
 
@@ -242,8 +244,8 @@ def _decided_because(claim: Claim, word: Word, interval: stats.Interval, evidenc
 
 def _for_want_of_seeds(
     results: StudyResults, claim: Claim, interval: stats.Interval, look: Look
-) -> tuple[int | None, str]:
-    """Return the seeds that would probably decide the claim, if more than there are, and the reason in words."""
+) -> tuple[int | None, bool, str]:
+    """Return the seeds that would probably decide the claim, if more than there are; whether to go on; and why."""
     later = [planned for planned in results.plan.study.looks if planned.seeds > look.seeds]
     needed = stats.seeds_needed(
         interval.sd,
@@ -255,11 +257,16 @@ def _for_want_of_seeds(
     span = f"{POINTS * interval.low:+.1f} to {POINTS * interval.high:+.1f} points are all possible"
     go_on = f"--until-decided goes on to {later[0].seeds}" if later else "plan a later look"
     if needed is None:
-        return None, f"{span}; more than {stats.MOST_SEEDS} seeds are needed: widen the margin or score more pictures"
+        return (
+            None,
+            False,
+            f"{span}; more than {stats.MOST_SEEDS} seeds are needed: widen the margin or score more pictures",
+        )
     if needed <= interval.n:
         where = "close to the margin" if claim.kind == "equivalence" else "between 0 and the margin"
-        return None, f"{span}; {needed} seeds should have sufficed, so the difference probably lies {where}: {go_on}"
-    return needed, f"{span}; about {needed} seeds are needed: {go_on}"
+        sufficed = f"{needed} seeds should have sufficed, so the difference probably lies {where}"
+        return None, bool(later), f"{span}; {sufficed}: {go_on}"
+    return needed, bool(later), f"{span}; about {needed} seeds are needed: {go_on}"
 
 
 def _notes(claim: Claim, evidence: Evidence, alphas: _Alphas, looked_before: tuple[str, ...]) -> tuple[str, ...]:

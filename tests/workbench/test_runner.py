@@ -3,20 +3,25 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from workbench import execution
 from workbench.durable import EventReader
 from workbench.plan import make_plan
 from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
+from workbench.trial import execute
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 SETS = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4")
@@ -89,10 +94,13 @@ def test_weights_that_do_not_fit_are_told_in_words(toy_study, store, tmp_path):
     """What only the trial can find out about its configuration is a message for users, tried once by a command."""
     torch.save({}, tmp_path / "empty.pth")
     backbone = f"model.backbone={{kind: resnet, depth: 18, weights: {tmp_path / 'empty.pth'}}}"
-    plan = make_plan(load_study(toy_study, Selection(profile="smoke", seeds=1, sets=(*SETS, backbone))))
+    plan = make_plan(
+        load_study(toy_study, Selection(profile="smoke", seeds=1, variants=("plain",), sets=(*SETS, backbone)))
+    )
     code, _, err = run(plan, store)
     assert code == 1
-    assert err.count("failed: bad_config") == 2
+    assert "plain seed 0" in err
+    assert "failed: bad_config" in err
     assert f"    {tmp_path / 'empty.pth'}: 100 tensors of resnet18 are missing" in err
     assert "Traceback" not in err
     assert "in load_pretrained" not in err
@@ -107,14 +115,92 @@ def test_more_threads_than_cores_are_refused_before_anything_starts(toy_study, s
     assert not (store.root / "trials").exists()
 
 
-def test_looks_go_on_until_the_budget(toy_plan, store):
-    """Without --until-decided only the first look runs; with it, the next one only if it fits the budget."""
-    looks = tuple(replace(toy_plan.study.looks[0], seeds=seeds, alpha=0.025) for seeds in (1, 2))
-    plan = replace(toy_plan, study=replace(toy_plan.study, looks=looks, gives_verdicts=True))
-    code, _, _ = run(plan, store)
+TWO_LOOKS = """\
+version: 1
+study: two_looks
+question: Which of three changes help?
+baseline: plain
+variants:
+  plain: {}
+  sharp: {why: surely better, set: {loss.weight_giou: 4.0}}
+  noisy: {why: not clear at five seeds, set: {loss.weight_giou: 3.0}}
+claims:
+  - {id: sharp_better, text: Sharp is better., plus: sharp, minus: plain, metric: ap, kind: superiority}
+  - {id: noisy_better, text: Noisy is better., plus: noisy, minus: plain, metric: ap, kind: superiority}
+scope: seeds
+"""
+GAINS = {  # in AP, by seed
+    "sharp": [0.05, 0.051, 0.049, 0.052, 0.05, -0.05, -0.06, -0.05, -0.06, -0.05],
+    "noisy": [0.09, 0.01, 0.08, -0.02, 0.03, 0.06, 0.061, 0.059, 0.06, 0.062],
+}
+
+
+@pytest.fixture
+def two_looks(tmp_path, toy_trainer, monkeypatch):
+    """Return a plan with looks of five and ten seeds, whose trials pretend to train and then score as `GAINS` say."""
+    path = tmp_path / "two_looks.yaml"
+    path.write_text(TWO_LOOKS)
+    plan = make_plan(load_study(path, Selection(profile="laptop")))
+    scores = {t.trial_id: 0.3 + GAINS[t.variant][t.seed] for t in plan.trials if t.variant != "plain"}
+
+    class Scoring(toy_trainer):
+        def evaluate(self, config, evaluation, *, checkpoint, **rest):
+            scored = super().evaluate(config, evaluation, checkpoint=checkpoint, **rest)
+            scored.metrics = replace(scored.metrics, ap=scores.get(checkpoint.parent.parent.name, 0.3))
+            return scored
+
+    monkeypatch.setattr(execution, "execute", partial(execute, trainer=Scoring()))
+    return plan
+
+
+def test_only_the_first_look_runs_unasked(two_looks, store):
+    """The same command stops at the first look however often it is given, and says what is undecided."""
+    for _ in range(2):
+        code, out, _ = run(two_looks, store)
+        assert code == 0
+        assert store.results_for(two_looks).looks_started == 1
+    assert Counter(store.state(trial.trial_id) for trial in two_looks.trials) == {"finished": 15, "pending": 15}
+    assert "UNDECIDED  noisy_better" in out
+    assert "--until-decided" in out
+
+
+def test_undecided_claims_go_on_to_the_second_look(two_looks, store):
+    """With --until-decided the unclear claim is judged at ten seeds; the clear one stands, whatever comes."""
+    code, _, err = run(two_looks, store, until_decided=True, budget_seconds=3600.0)
     assert code == 0
-    assert [store.state(item.trial_id) for item in plan.trials] == ["finished", "finished", "pending", "pending"]
-    assert store.results_for(plan).looks_started == 1
+    assert "look 2 of 2: 30 trials, 15 already done" in err
+    results = store.results_for(two_looks)
+    assert results.looks_started == 2
+    assert {record.attempts for record in results.records.values()} == {1}
+    sharp, noisy = results.verdicts
+    assert (sharp.verdict, sharp.look_seeds, sharp.n_pairs) == ("supported", 5, 5)
+    assert "decided at the look of 5 seeds, which stands; later seeds do not reopen it" in sharp.notes
+    assert (noisy.verdict, noisy.look_seeds, noisy.n_pairs, noisy.alpha) == ("supported", 10, 10, 0.02)
+
+
+def test_a_spent_budget_stops_before_the_next_look(two_looks, store):
+    """No trial of a look that does not fit begins; one line names the claim, the time it needs, and the option."""
+    code, _, err = run(two_looks, store, until_decided=True, budget_seconds=1e-3)
+    assert code == 0
+    (line,) = (line for line in err.splitlines() if line.startswith("Undecided: "))
+    assert re.fullmatch(
+        r"Undecided: noisy_better\. The next look needs about \d+ s, and 0 s of the budget are left: "
+        r"raise --budget to go on\.",
+        line,
+    )
+    results = store.results_for(two_looks)
+    assert results.looks_started == 1
+    assert Counter(record.state for record in results.records.values()) == {"finished": 15, "pending": 15}
+
+
+def test_a_look_whose_trials_are_known_needs_no_budget(two_looks, store):
+    """Trials that another study has computed decide the claim at once, whatever time is left."""
+    for spec in two_looks.specs.values():
+        execution.execute(spec, store.root, should_stop=lambda: False)
+    code, _, err = run(two_looks, store, until_decided=True, budget_seconds=1e-3)
+    assert code == 0
+    assert "Undecided: " not in err
+    assert [verdict.look_seeds for verdict in store.results_for(two_looks).verdicts] == [5, 10]
 
 
 @pytest.mark.ci

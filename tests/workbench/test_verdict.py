@@ -237,6 +237,17 @@ class TestLooks:
         verdict = judged(shifted(0.02), claims=(claim("equivalence"),), looks=((5, 0.05),))
         assert (verdict.verdict, verdict.seeds_needed) == ("undecided", None)
         assert "the difference probably lies close to the margin: plan a later look" in verdict.reason
+        assert not verdict.more_seeds
+
+    def test_what_the_reason_promises_is_done(self, judged):
+        """Whenever the reason names --until-decided the claim goes on, also where fewer seeds should have sufficed."""
+        wide, close = judged(shifted(0.01, scale=15)), judged(shifted(0.02), claims=(claim("equivalence"),))
+        hopeless = judged(shifted(0.01, scale=200))
+        assert [("--until-decided" in v.reason, v.more_seeds) for v in (wide, close, hopeless)] == [
+            (True, True),
+            (True, True),
+            (False, False),
+        ]
 
 
 class TestCaveats:
