@@ -218,9 +218,10 @@ class _Run:
         expected = len(new) * sum(known) / max(1, len(known)) / self.resources.concurrency
         elapsed = time.monotonic() - self.began
         if new and budget_seconds is not None and elapsed + expected > budget_seconds:
+            needs, left = report.duration(expected), report.duration(max(0.0, budget_seconds - elapsed))
             self.say(
-                f"Undecided: {', '.join(undecided)}. The next look needs about {report.duration(expected)}, and "
-                f"{report.duration(max(0.0, budget_seconds - elapsed))} of the budget are left: raise --budget to go on."
+                f"Undecided: {', '.join(undecided)}. The next look needs about {needs}, and {left} of the budget are "
+                "left: raise --budget to go on."
             )
             return False
         return True
