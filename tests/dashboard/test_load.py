@@ -148,7 +148,10 @@ def test_mlflow_links(finished_runs, running_runs):
     """Links point into MLflow's own pages once something was mirrored; a server of one's own keeps its address."""
     results = only(finished_runs)
     assert load.mlflow_url(results) == "http://127.0.0.1:5000/#/experiments/7/runs/parent?workflowType=machine_learning"
-    assert load.mlflow_url(results, "kept-1") == "http://127.0.0.1:5000/#/experiments/7/runs/run-kept-1?workflowType=machine_learning"
+    assert (
+        load.mlflow_url(results, "kept-1")
+        == "http://127.0.0.1:5000/#/experiments/7/runs/run-kept-1?workflowType=machine_learning"
+    )
     database = Store(finished_runs, create=False).mlflow_database
     assert load.mlflow_command(results) == f"mlflow ui --backend-store-uri sqlite:///{database}"
     served = replace(results, mlflow={**results.mlflow, "tracking_uri": "https://mlflow.example/"})
