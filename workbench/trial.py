@@ -153,6 +153,8 @@ class _Work:
         self._cpu_began = _cpu_seconds()
         self._step = 0
         self._next_look = 0.0
+        # Now, since the working tree may change while this process goes on with the code that it has loaded.
+        self._provenance = provenance.collect(threads=self.spec.config.training.threads, device=self.device)
 
     def run(self, trainer: Trainer) -> attempts.Outcome | Literal["busy"]:
         """Train and score; record the end whatever it is."""
@@ -235,7 +237,6 @@ class _Work:
             return  # only an evaluation was missing
         earlier = attempts.read(self.folder)[:-1]
         seconds, cpu_seconds = self._spent()
-        threads = self.spec.config.training.threads
         durable.write_json(
             self.folder / "result.json",
             {
@@ -252,7 +253,7 @@ class _Work:
                 "num_parameters": trained.num_parameters,
                 "checkpoint": trained.checkpoint and trained.checkpoint.name,
                 "data_report": dict(data_report),
-                "provenance": provenance.collect(threads=threads, device=self.device),
+                "provenance": self._provenance,
                 "finished_at": durable.now(),
             },
         )
