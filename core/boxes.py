@@ -10,12 +10,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Turn (x0, y0, x1, y1) into (cx, cy, w, h)."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
 def iou_and_giou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Return IoU and generalised IoU (arXiv:1902.09630) of xyxy boxes with x1 > x0, y1 > y0.
 

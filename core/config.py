@@ -363,7 +363,6 @@ class TrainingConfig(Part):
         description="longest time between checkpoints; each epoch ends with one",
         json_schema_extra=OPERATIONAL,
     )
-    data_workers: Count = Field(default=0, description="processes that load pictures", json_schema_extra=OPERATIONAL)
 
 
 class EvaluationConfig(Part):

@@ -5,7 +5,6 @@ WorkbenchError        exit code 2 unless the class says otherwise
     DataError         the pictures or annotations cannot be used
     StoreError        the runs folder cannot be used or a record cannot be read
     BusyError         exit code 3: somebody else runs this study
-    TrialFailed       exit code 1: a trial ended with an error
 """
 
 
@@ -31,9 +30,3 @@ class BusyError(WorkbenchError):
     """Another driver runs this study or trial."""
 
     exit_code = 3
-
-
-class TrialFailed(WorkbenchError):  # noqa: N818 - an outcome, named as users read it
-    """A trial ended with an error."""
-
-    exit_code = 1

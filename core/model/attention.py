@@ -21,9 +21,8 @@ class SelfAttention(nn.MultiheadAttention):
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def forward(self, x: Tensor, position: Tensor, blocked_mask: Tensor | None) -> Tensor:  # type: ignore[override]
-        # narrower than nn's
         """Map `x` and `position` (B, Q, C) to (B, Q, C); `blocked_mask` (Q, Q) bool, True = may not attend."""
-        where = x + position
+        where = x + position  # (the signature is narrower than torch's on purpose: nobody else calls this)
         return super().forward(where, where, x, attn_mask=blocked_mask, need_weights=False)[0]
 
 

@@ -1,29 +1,17 @@
-"""Where queries come from. A source is a callable `(memory, proposals, targets, generator) -> QuerySet | None`."""
+"""Where queries come from.
 
-from typing import Protocol
+A source is a module called with (memory, proposals or None, targets or None, generator or None): targets and generator
+come in training only. It returns a QuerySet, or None where it has none to give.
+"""
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from core.boxes import inverse_sigmoid
 from core.model.encoder import cell_centres
 from core.model.layers import BoxMLP, Linear
 from core.model.position import sine_frequencies, sine_of_boxes
-from core.types import Memory, Prediction, QuerySet, Target
-
-
-class QuerySource(Protocol):
-    """Gives queries for one batch, or None when it has none (denoising outside training)."""
-
-    def __call__(
-        self,
-        memory: Memory,
-        proposals: Prediction | None,
-        targets: tuple[Target, ...] | None,
-        generator: Generator | None,
-    ) -> QuerySet | None:
-        """Return the queries of this source."""
-        ...
+from core.types import Memory, Prediction, QuerySet
 
 
 class LearnedPoints(nn.Module):
@@ -101,7 +89,7 @@ class SelectedFromEncoder(nn.Module):
 
     frequencies: Tensor
 
-    def forward(self, memory: Memory, proposals: Prediction | None, *_: object) -> QuerySet:  # noqa: ARG002
+    def forward(self, memory: Memory, proposals: Prediction | None, *_: object) -> QuerySet:  # noqa: ARG002 - one signature
         """Return the top `num_queries` proposals of each picture."""
         if proposals is None:
             raise ValueError("selected queries need encoder heads: set model.encoder_supervision")
