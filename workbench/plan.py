@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from core import numerics
 from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, SmallResNet, scientific
 from core.data.fingerprint import DataProblem, check_folder, fingerprint
@@ -246,6 +248,9 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
             specs={trial_id: _spec_from_json(trial_id, spec) for trial_id, spec in plain["specs"].items()},
             warnings=tuple(plain["warnings"]),
         )
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise StoreError(f"a plan of another version ({told}): run the study again to write it anew") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"a plan cannot be read ({error}): run the study again to write it anew") from error
 

@@ -148,7 +148,8 @@ class Store:
         The time of the first registration is kept: a claim registered after a trial of its own finished is post hoc.
         """
         folder = self.study_dir(plan)
-        if durable.read_json(folder / "plan.json") is None:
+        kept = durable.read_json(folder / "plan.json")
+        if kept is None or not _readable(kept):  # the folder is named by what the plan asks, so both ask the same
             durable.write_text(folder / "study.yaml", source)
             durable.write_json(folder / "plan.json", plan_to_json(plan))
         durable.create_json(folder / "registered.json", {"registered_at": durable.now()})
@@ -340,3 +341,11 @@ def _verdict_from_json(plain: dict[str, Any]) -> Verdict:
     values["differences"] = {int(seed): value for seed, value in plain["differences"].items()}
     values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Verdict(**values)
+
+
+def _readable(plain: dict[str, Any]) -> bool:
+    try:
+        plan_from_json(plain)
+    except StoreError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """The runs folder: what is kept of studies and trials, and what is read back."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -66,6 +67,21 @@ def test_a_damaged_plan_is_told_and_written_anew(store, toy_plan):
     with pytest.raises(StoreError, match=r"plan.json is damaged: remove it and run the study again"):
         store.results(ref)
     assert store.results(store.register(toy_plan, source="")).plan == toy_plan
+
+
+def test_a_plan_with_a_key_of_another_version_is_written_anew(store, toy_plan):
+    """A plan whose configuration has a key that this version lacks is told, and registering the plan again mends it."""
+    ref = store.register(toy_plan, source="version: 1\n")
+    path = ref.path / "plan.json"
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    for variant in plain["study"]["variants"]:
+        variant["config"]["training"]["warp_speed"] = 9
+    durable.write_json(path, {key: value for key, value in plain.items() if key not in ("format", "sha256")})
+    with pytest.raises(StoreError, match=r"training\.warp_speed: Extra inputs are not permitted"):
+        store.results(ref)
+    again = store.register(toy_plan, source="version: 1\n")
+    assert again.registered_at == ref.registered_at
+    assert store.results(again).plan == toy_plan
 
 
 @pytest.mark.parametrize(
