@@ -198,7 +198,7 @@ def _why_blocked(results: StudyResults, claim: Claim, evidence: Evidence, look: 
     study = results.plan.study
     planned = len(study.seeds[: look.seeds])
     if claim.missing:
-        return f"{_and(claim.missing)} not run in this selection: add --variants all"
+        return f"this selection does not run {_and(claim.missing)}: add --variants all"
     if not study.gives_verdicts:
         return f"profile {study.profile} tests the plumbing and never gives a verdict: choose another --profile"
     if planned < FEWEST_SEEDS:

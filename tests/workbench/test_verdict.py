@@ -128,7 +128,7 @@ class TestUndecidedByRule:
         results = fake_results({"detached": list(BASE)}, claims=(claim(missing=("kept",)),))
         (verdict,) = judge(results)
         assert (verdict.verdict, verdict.n_pairs, verdict.effect) == ("undecided", 0, None)
-        assert verdict.reason == "kept not run in this selection: add --variants all"
+        assert verdict.reason == "this selection does not run kept: add --variants all"
 
     def test_profile_without_verdicts(self, judged):
         """The plumbing profile gives numbers and no verdict."""
