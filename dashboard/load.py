@@ -21,9 +21,9 @@ from workbench.commands import next_run
 from workbench.errors import StoreError
 from workbench.labels import METRICS, POINTS
 from workbench.progress import best_ap, last_speed, share
-from workbench.store import Store, StudyRef, StudyResults, TrialState
+from workbench.records import StudyRef, StudyResults, TrialState, Verdict
+from workbench.store import Store
 from workbench.study import Parameters, PlannedTrial
-from workbench.verdict import Verdict
 
 __all__ = [
     "METRICS",

@@ -14,7 +14,7 @@ import pytest
 from core.config import ExperimentConfig
 from core.events import EpochFinished
 from core.metrics import Metrics
-from workbench.store import StudyResults, TrialRecord
+from workbench.records import StudyResults, TrialRecord
 from workbench.study import Claim, Look, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from workbench.errors import StoreError, StudyFileError, WorkbenchError
 
 if TYPE_CHECKING:
-    from workbench.store import StudyResults
+    from workbench.records import StudyResults
     from workbench.study import Plan
     from workbench.study_file import Selection
 

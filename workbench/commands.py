@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workbench import provenance
-from workbench.store import StudyResults
-from workbench.verdict import Verdict
+from workbench.records import StudyResults, Verdict
 
 DEFAULT_RUNS = "runs"
 

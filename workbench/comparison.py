@@ -9,7 +9,7 @@ from core.metrics import Metrics
 from workbench import stats
 from workbench.differences import differences as config_keys
 from workbench.labels import METRICS, POINTS
-from workbench.store import StudyResults
+from workbench.records import StudyResults
 from workbench.study import Parameters, PlannedTrial
 
 CURVE_ALPHA = 0.05  # learning curves carry 95 % bands; only verdicts spend alpha

@@ -12,7 +12,7 @@ from core.metrics import Metrics
 from workbench.study import Claim, Look, Parameters, PlannedTrial, Term
 
 if TYPE_CHECKING:  # store imports verdict, which imports this
-    from workbench.store import StudyResults, TrialRecord
+    from workbench.records import StudyResults, TrialRecord
 
 _PROVENANCE = ("code_hash", "torch", "threads", "kernel", "device")
 

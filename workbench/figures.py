@@ -14,9 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from workbench import stats
 from workbench.labels import POINTS
 from workbench.palette import VERDICT_COLOURS, variant_colours
-from workbench.store import StudyResults
+from workbench.records import StudyResults, Verdict
 from workbench.study import Term
-from workbench.verdict import Verdict
 
 ALT = {
     "forest": "Paired difference of every claim with its interval, the dot of each seed and the margin",

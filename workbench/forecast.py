@@ -8,7 +8,7 @@ from workbench import stats
 from workbench.differences import differences
 from workbench.evidence import gather
 from workbench.labels import POINTS
-from workbench.store import StudyResults
+from workbench.records import StudyResults
 from workbench.study import FEWEST_SEEDS, Look
 
 DONE = ("finished", "diverged")

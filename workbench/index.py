@@ -3,6 +3,7 @@
 Finished trials never change and are read once; running ones are read again each time.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pandas as pd
 
 from core.events import EpochFinished, StepsTaken
 from workbench.durable import StampedEvent, write_with
+from workbench.records import StudyResults, TrialRecord
 from workbench.series import numbers
-from workbench.store import Store, StudyResults, TrialRecord
 
 COLUMNS = {
     "trial_id": "str",
@@ -27,24 +28,29 @@ COLUMNS = {
 over an epoch), and `peak_memory_bytes`. `epoch` is a fraction within an epoch; `seconds` are of training."""
 
 
-def history(store: Store, results: StudyResults) -> pd.DataFrame:
-    """Return one row for each trial, step and number of a study: the columns of `COLUMNS`."""
-    path = store.index_dir / f"{results.plan.plan_hash}.parquet"
+Events = Callable[[str], Iterable[StampedEvent]]
+
+
+def history(results: StudyResults, *, path: Path, events: Events) -> pd.DataFrame:
+    """Return one row for each trial, step and number of a study: the columns of `COLUMNS`.
+
+    `path` is where the table is kept; `events` reads those of a trial id.
+    """
     kept = _read(path)
     done = {trial_id: _stamp(record) for trial_id, record in results.records.items() if record.result}
     kept = kept[kept["trial_id"].map(done).eq(kept["finished_at"]).astype(bool)]
     missing = [trial_id for trial_id in done if trial_id not in set(kept["trial_id"])]
     if missing:
-        kept = pd.concat([kept, *(_rows(store, trial_id).assign(finished_at=done[trial_id]) for trial_id in missing)])
+        kept = pd.concat([kept, *(_rows(events, trial_id).assign(finished_at=done[trial_id]) for trial_id in missing)])
         with suppress(OSError):  # a folder that may only be read: the index just saves time
             write_with(path, lambda temporary: kept.to_parquet(temporary, index=False))
     going = [trial_id for trial_id, record in results.records.items() if not record.result and record.attempts]
-    frames = [kept.drop(columns="finished_at"), *(_rows(store, trial_id) for trial_id in going)]
+    frames = [kept.drop(columns="finished_at"), *(_rows(events, trial_id) for trial_id in going)]
     return pd.concat(frames, ignore_index=True).astype(COLUMNS)
 
 
-def _rows(store: Store, trial_id: str) -> pd.DataFrame:
-    rows = [row for stamped in store.events(trial_id) for row in _event_rows(trial_id, stamped)]
+def _rows(events: Events, trial_id: str) -> pd.DataFrame:
+    rows = [row for stamped in events(trial_id) for row in _event_rows(trial_id, stamped)]
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     return frame.drop_duplicates(["step", "parameters", "name"], keep="last")
 

@@ -8,8 +8,9 @@ from typing import Any
 from core import numerics
 from core.events import EpochFinished, StepsTaken
 from workbench import durable, provenance
+from workbench.records import StudyRef, StudyResults, TrialRecord
 from workbench.series import numbers
-from workbench.store import Store, StudyRef, StudyResults, TrialRecord
+from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 
 Point = tuple[str, float, int, int]

@@ -30,7 +30,8 @@ from workbench.mirror_content import (
     trial_files,
     trial_tags,
 )
-from workbench.store import Store, StudyRef, StudyResults, TrialRecord
+from workbench.records import StudyRef, StudyResults, TrialRecord
+from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 
 if TYPE_CHECKING:

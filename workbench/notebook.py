@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import StudyFileError
 from workbench.plan import make_plan
-from workbench.store import Store, StudyResults
+from workbench.records import StudyResults
+from workbench.store import Store
 from workbench.study_file import Selection, load_study
 
 if TYPE_CHECKING:

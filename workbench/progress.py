@@ -13,7 +13,8 @@ from core.events import StepsTaken
 from core.metrics import Metrics
 from workbench.durable import StampedEvent
 from workbench.labels import POINTS
-from workbench.store import Store, TrialRecord
+from workbench.records import TrialRecord
+from workbench.store import Store
 from workbench.study import PlannedTrial
 
 REDRAW_SECONDS = 1.0

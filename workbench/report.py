@@ -5,7 +5,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -13,55 +12,13 @@ from typing import Any, Literal
 from core.metrics import Metrics
 from workbench import commands, report_formats
 from workbench.labels import METRICS, POINTS
-from workbench.store import StudyResults, TrialRecord
+from workbench.records import StudyResults, TrialRecord, Verdict
+from workbench.report_contents import ClaimLines, Contents, Table
 from workbench.study import Claim, Parameters
-from workbench.verdict import Verdict
 
 Format = Literal["text", "md", "html", "latex"]
 MOST_CLASSES = 12  # more would bury the rest of the report
 _COLUMNS = {name: label for name, label in METRICS.items() if name != "ap75"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """Rows of text under a header. `bold` rows are stressed; after the first `left` columns come numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-    bold: frozenset[int] = frozenset()
-    left: int = 1
-
-    def without(self, name: str) -> "Table":
-        """Return the table without the column of that name, one of the words."""
-        index = self.header.index(name)
-        rows = tuple((*row[:index], *row[index + 1 :]) for row in self.rows)
-        return replace(self, header=(*self.header[:index], *self.header[index + 1 :]), rows=rows, left=self.left - 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClaimLines:
-    """What is said of one claim besides its row: the statement, why the verdict, what to do, what else to know."""
-
-    claim: str
-    text: str
-    verdict: Verdict
-    details: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contents:
-    """Everything a report says, before any layout."""
-
-    title: str
-    question: str
-    claims: Table
-    lines: tuple[ClaimLines, ...]
-    scores: tuple[Table, ...]
-    facts: tuple[str, ...]  # cost, data left out, hardware, revision
-    results: StudyResults
-    verdicts: tuple[Verdict, ...]
 
 
 def render(results: StudyResults, *, format: Format, out: Path | None = None) -> str:  # noqa: A002 - the option's name

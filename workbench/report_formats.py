@@ -7,14 +7,11 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from workbench.labels import POINTS
 from workbench.palette import VERDICT_COLOURS
-from workbench.verdict import Verdict
-
-if TYPE_CHECKING:
-    from workbench.report import Contents, Table
+from workbench.records import Verdict
+from workbench.report_contents import Contents, Table
 
 WIDTH = 100  # columns of the terminal report
 _STRIP_WIDTH = 41

@@ -20,7 +20,8 @@ from workbench.errors import StoreError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror, ui_command
 from workbench.progress import Progress
-from workbench.store import Store, StudyRef, StudyResults
+from workbench.records import StudyRef, StudyResults
+from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 from workbench.trial import complete, write_error
 from workbench.verdict import judge

@@ -4,7 +4,7 @@ from typing import Any
 
 from workbench import commands
 from workbench.labels import POINTS
-from workbench.store import StudyResults, TrialRecord
+from workbench.records import StudyResults, TrialRecord
 from workbench.study import Parameters, PlannedTrial
 
 

@@ -14,9 +14,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from core.events import EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
@@ -24,61 +24,12 @@ from workbench import attempts, durable, siblings
 from workbench.errors import BusyError, StoreError
 from workbench.plan import plan_from_json, plan_to_json
 from workbench.processes import Process
+from workbench.records import StudyRef, StudyResults, TrialRecord, TrialState, Verdict
 from workbench.siblings import RegisteredPlan
-from workbench.study import Plan, PlannedTrial
-from workbench.verdict import Verdict
+from workbench.study import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
-
-TrialState = Literal["pending", "running", "finished", "failed", "diverged", "interrupted"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialRecord:
-    """All that is known of a trial."""
-
-    trial_id: str
-    state: TrialState
-    attempts: int
-    seconds: float  # training time so far, without evaluation
-    total_seconds: float  # wall time of the worker with evaluations, all attempts
-    step: int
-    total_steps: int | None
-    epochs: tuple[EpochFinished, ...]  # last event of each epoch, in order
-    metrics: dict[str, Metrics]  # eval_id -> final metrics
-    result: dict[str, Any] | None  # result.json
-    error: dict[str, Any] | None  # error.json
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudyResults:
-    """A plan with what is known of its trials, and the verdicts stored last."""
-
-    plan: Plan
-    runs: Path  # the folder that the records are in
-    records: dict[str, TrialRecord]  # trial_id -> record
-    verdicts: tuple[Verdict, ...]
-    looks_started: int
-    post_hoc: frozenset[str]  # claims first registered after a trial of theirs had finished
-    looked_before: dict[str, tuple[str, ...]]  # claim -> looks of other sets that earlier plans had taken at it
-    unreadable: tuple[str, ...]  # why other plans of the study and profile are left out of the two before
-    mlflow: dict[str, Any] | None  # {"tracking_uri", "experiment_id", "parent_run_id", "runs": {trial_id: run_id}}
-
-    def asked_for(self) -> tuple[PlannedTrial, ...]:
-        """Return the trials of the looks started, or of the first look before that."""
-        return self.plan.at_look(self.plan.study.looks[max(1, self.looks_started) - 1])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudyRef:
-    """A registered plan: `path` is its folder, `registered_at` the time (UTC, ISO 8601) of its first registration."""
-
-    study: str
-    profile: str
-    plan_hash: str
-    registered_at: str
-    path: Path
 
 
 class Store:
@@ -287,7 +238,7 @@ class Store:
         """Return the curves of a study's trials as a tidy table; see `workbench.index`."""
         from workbench.index import history  # pandas takes half a second that status must not pay
 
-        return history(self, results)
+        return history(results, path=self.index_dir / f"{results.plan.plan_hash}.parquet", events=self.events)
 
     def _metrics(self, folder: Path) -> dict[str, Metrics]:
         found: dict[str, Metrics] = {}

@@ -21,7 +21,8 @@ from core.events import Event
 from workbench import attempts, durable, provenance
 from workbench.errors import BusyError, WorkbenchError
 from workbench.processes import Process
-from workbench.store import Store, TrialRecord
+from workbench.records import TrialRecord
+from workbench.store import Store
 from workbench.study import TrialSpec
 
 if TYPE_CHECKING:

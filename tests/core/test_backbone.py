@@ -5,6 +5,7 @@ import torch
 from torchvision.models import resnet18
 
 from core.model.backbone import ResNet, SmallResNet, Timm, WeightsProblem
+from core.model.initialise import initialise
 
 NOTHING_PADDED = torch.zeros(2, 64, 96, dtype=torch.bool)
 
@@ -121,6 +122,7 @@ def test_the_wheel_brings_imagenet_weights():
 def test_gradients_of_few_channels_equal_those_of_the_plain_memory_format(width):
     """Channels-last changes no gradient, also with few channels (a strided 1x1 convolution there corrupted memory)."""
     backbone = SmallResNet(width=width, strides=(8, 16, 32))
+    initialise(backbone, seed=0)  # fixed: now and then rounding moves an activation across the kink of the ReLU
     gradients = []
     for memory_format in (torch.channels_last, torch.contiguous_format):
         backbone.zero_grad()

@@ -7,7 +7,8 @@ import pytest
 
 from core.events import TrainingStarted
 from workbench import attempts, durable, trial
-from workbench.store import Store, StudyResults, TrialRecord
+from workbench.records import StudyResults, TrialRecord
+from workbench.store import Store
 from workbench.verdict import judge
 
 RUNNING = {"detached": [0.31, 0.32], "kept": [0.335, 0.34], "off": [0.25]}
