@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from workbench import comparison, palette
+from workbench import commands, comparison, palette
 from workbench.commands import next_run
 from workbench.errors import StoreError
 from workbench.labels import METRICS, POINTS
@@ -270,7 +270,4 @@ def mlflow_url(results: StudyResults, trial_id: str | None = None) -> str | None
 
 def mlflow_command(results: StudyResults) -> str | None:
     """Return the line that starts MLflow's pages; None where a server shows them already or nothing is mirrored."""
-    mirror = results.mlflow
-    if not mirror or mirror["tracking_uri"].startswith("http"):
-        return None
-    return f"mlflow ui --backend-store-uri {mirror['tracking_uri']}"
+    return commands.mlflow_command(results.mlflow["tracking_uri"]) if results.mlflow else None

@@ -66,6 +66,13 @@ def dashboard_command(runs: Path) -> str:
     return f"{provenance.tool('streamlit')} {shlex.join(words)}"
 
 
+def mlflow_command(tracking_uri: str) -> str | None:
+    """Return the line that opens MLflow's pages; None where a server shows them already."""
+    if tracking_uri.startswith("http"):
+        return None
+    return f"{provenance.tool('mlflow')} ui --backend-store-uri {shlex.quote(tracking_uri)} --port 5000"
+
+
 def _runs(folder: Path) -> list[str]:
     return [] if folder.absolute() == Path.cwd() / DEFAULT_RUNS else ["--runs", _from_here(folder)]
 

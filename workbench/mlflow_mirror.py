@@ -8,13 +8,12 @@ already has: sending again is safe, and `sync` replays exactly once.
 import fcntl
 import logging
 import os
-import shlex
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from core.config import flatten, scientific
-from workbench import durable, provenance
+from workbench import durable
 from workbench.errors import BusyError, StoreError
 from workbench.mirror_content import (
     STATUS,
@@ -55,13 +54,6 @@ _Item = TypeVar("_Item")
 def default_uri(store: Store) -> str:
     """Return the URI of the embedded database; absolute, because MLflow takes others from the working directory."""
     return f"sqlite:///{store.mlflow_database}"
-
-
-def ui_command(tracking_uri: str) -> str:
-    """Return the line that opens MLflow's pages, or their address when a server is used."""
-    if tracking_uri.startswith("http"):
-        return tracking_uri
-    return f"{provenance.tool('mlflow')} ui --backend-store-uri {shlex.quote(tracking_uri)} --port 5000"
 
 
 def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TextIO
 
-from workbench import report
+from workbench import commands, report
 from workbench.attempts import read as read_attempts
-from workbench.commands import dashboard_command, wants_seeds
 from workbench.errors import StoreError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
-from workbench.mlflow_mirror import Mirror, ui_command
+from workbench.mlflow_mirror import Mirror
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
 from workbench.store import Store
@@ -211,7 +210,7 @@ class _Run:
         return complete(self.store.record(trial.trial_id), self.plan.specs[trial.trial_id])
 
     def _another_look(self, results: StudyResults, number: int, budget_seconds: float | None) -> bool:
-        undecided = [verdict.claim for verdict in results.verdicts if wants_seeds(results, verdict)]
+        undecided = [verdict.claim for verdict in results.verdicts if commands.wants_seeds(results, verdict)]
         if not undecided:
             return False
         new = [trial for trial in self.plan.at_look(self.plan.study.looks[number]) if not self._over(trial)]
@@ -244,9 +243,13 @@ class _Run:
             self.say(f"GPUs: {names}; profile {study.profile} {used}")
         for warning in self.plan.warnings:
             self.say(f"Warning: {warning}")
-        self.say(f"MLflow:    {ui_command(self.mirror.tracking_uri)}")
-        self.say("           then http://127.0.0.1:5000/#/experiments?workflowType=machine_learning")
-        self.say(f"Dashboard: {dashboard_command(self.store.root)}")
+        line = commands.mlflow_command(self.mirror.tracking_uri)
+        server = self.mirror.tracking_uri.rstrip("/") if line is None else "http://127.0.0.1:5000"
+        pages = f"{server}/#/experiments?workflowType=machine_learning"
+        self.say(f"MLflow:    {line or pages}")
+        if line:
+            self.say(f"           then {pages}")
+        self.say(f"Dashboard: {commands.dashboard_command(self.store.root)}")
 
     def _say_failure(self, trial: PlannedTrial) -> None:
         error = self.store.record(trial.trial_id).error or {}

@@ -153,7 +153,7 @@ def test_mlflow_links(finished_runs, running_runs):
         == "http://127.0.0.1:5000/#/experiments/7/runs/run-kept-1?workflowType=machine_learning"
     )
     database = Store(finished_runs, create=False).mlflow_database
-    assert load.mlflow_command(results) == f"mlflow ui --backend-store-uri sqlite:///{database}"
+    assert load.mlflow_command(results).endswith(f"mlflow ui --backend-store-uri sqlite:///{database} --port 5000")
     served = replace(results, mlflow={**results.mlflow, "tracking_uri": "https://mlflow.example/"})
     assert load.mlflow_url(served) == "https://mlflow.example/#/experiments/7/runs/parent?workflowType=machine_learning"
     assert load.mlflow_command(served) is None
