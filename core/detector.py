@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, nn
 
-from core.config import ExperimentConfig
+from core.config import ExperimentConfig, ModelConfig
 from core.evaluation.postprocess import to_detections
 from core.loss.criterion import SetCriterion, build_criterion
 from core.model.build import build_model
@@ -37,6 +37,8 @@ class DetrDetector(nn.Module):
 
 def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:
     """Build a detector on the CPU with weights that depend on `seed` alone."""
+    if not isinstance(config.model, ModelConfig):
+        raise NotImplementedError(config.model.kind)
     supervision = config.model.encoder_supervision
     criterion = build_criterion(config.loss, encoder_tokens=supervision.tokens if supervision else "all")
     return DetrDetector(model=build_model(config.model, num_classes=num_classes, seed=seed), criterion=criterion)

@@ -36,12 +36,19 @@ class Batch:
     """Pictures padded at the bottom and right to one size.
 
     `images` (B, 3, H, W) uint8, RGB, 0 where padded (the backbone normalises as its weights ask); `padding_mask`
-    (B, H, W) bool, True = padding.
+    (B, H, W) bool, True = padding. `box_counts`: number of true boxes of every picture of the whole optimiser step,
+    over all processes and parts of the batch; None where this batch is all. Losses are normalised by it.
     """
 
     images: Tensor
     padding_mask: Tensor
     targets: tuple[Target, ...]
+    box_counts: tuple[int, ...] | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of true boxes of every picture of the optimiser step."""
+        return self.box_counts or tuple(len(target.labels) for target in self.targets)
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device."""
@@ -54,7 +61,7 @@ class Batch:
             )
             for target in self.targets
         )
-        return Batch(images=self.images.to(device), padding_mask=self.padding_mask.to(device), targets=targets)
+        return replace(self, images=self.images.to(device), padding_mask=self.padding_mask.to(device), targets=targets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,11 +79,13 @@ class FeaturePyramid:
 class Memory:
     """The encoder's output over all levels.
 
-    `tokens` (B, S, C); `padding_mask` (B, S) True = padding; `spatial_shapes` L x (H, W); `valid_ratios` (B, L, 2)
-    (w, h) in (0, 1]; `layers` the output of each encoder layer, each (B, S, C), the last one being `tokens`.
+    `tokens` (B, S, C); `position` (B, S, C) their position embedding; `padding_mask` (B, S) True = padding;
+    `spatial_shapes` L x (H, W); `valid_ratios` (B, L, 2) (w, h) in (0, 1]; `layers` the output of each encoder layer,
+    each (B, S, C), the last one being `tokens`.
     """
 
     tokens: Tensor
+    position: Tensor
     padding_mask: Tensor
     spatial_shapes: tuple[tuple[int, int], ...]
     valid_ratios: Tensor
@@ -91,48 +100,76 @@ class QuerySet:
     """What the decoder starts from.
 
     `content` (B, Q, C); `position` (B, Q, C) or None where the position follows the reference; `reference`
-    (B, Q, 2 or 4) after the sigmoid. `group` names the set; `sees` are the groups that it may attend to in
-    self-attention.
+    (B, Q, 2 or 4) after the sigmoid, or None where boxes come from the content alone (DETR). `group` names the set;
+    `sees` are the groups that it may attend to in self-attention. `assignments`: of each picture, where the matching
+    is given. `valid` (B, Q) bool, False = a slot that is no query, or None = all are. `repeats`: queries that each true
+    box has in this set; its losses are divided by as much.
     """
 
     content: Tensor
     position: Tensor | None
-    reference: Tensor
+    reference: Tensor | None
     group: str = "matched"
     sees: frozenset[str] = frozenset({"matched"})
     matching: Matching = "one_to_one"
+    assignments: "tuple[Assignment, ...] | None" = None
+    valid: Tensor | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
     """What a head says of each query or token.
 
-    `logits` (B, Q, K); `boxes` (B, Q, 4); `valid` (B, Q) bool, False = never to be matched or detected, or None = all
-    valid. `class_agnostic`: every target counts as class 0.
+    `logits` (B, Q, K), or (B, Q, K + 1) where `activation` is softmax, the last one being "no object"; `boxes`
+    (B, Q, 4). `source`: denoising rows know their targets, auxiliary rows are extra queries, both of the decoder.
+    `layer` counts from 0 in the decoder, from 1 in the encoder. `valid` (B, Q) bool, False = never to be matched or
+    detected, or None = all valid. `class_agnostic`: every target counts as class 0. `assignments` and `repeats` are
+    those of the query set.
     """
 
     logits: Tensor
     boxes: Tensor
     source: Literal["decoder", "encoder", "denoising", "auxiliary"]
     layer: int
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
     group: str = "matched"
     matching: Matching = "one_to_one"
+    assignments: "tuple[Assignment, ...] | None" = None
     valid: Tensor | None = None
+    repeats: int = 1
     class_agnostic: bool = False
 
-    def best(self, count: int) -> "Prediction":
-        """Keep the `count` best-scored valid queries: by class 0 where class-agnostic, else by the best class.
+    def probabilities(self) -> Tensor:
+        """Return the score of each class, (B, Q, K)."""
+        if self.activation == "softmax":
+            return self.logits.softmax(-1)[..., :-1]
+        return self.logits.sigmoid()
+
+    def ranking(self) -> Tensor:
+        """Return the score of each query, (B, Q): of class 0 where class-agnostic, else of the best class.
+
+        Invalid ones score -inf.
+        """
+        scores = self.logits if self.activation == "sigmoid" else self.probabilities()
+        best = scores[..., 0] if self.class_agnostic else scores.amax(-1)
+        return best if self.valid is None else best.masked_fill(~self.valid, -torch.inf)
+
+    def best_queries(self, count: int) -> Tensor:
+        """Return the `count` best-ranked valid queries of each picture, (B, count) int64.
 
         Raises:
             ValueError: if a picture has fewer valid ones.
         """
-        scores = self.logits[..., 0] if self.class_agnostic else self.logits.amax(-1)
         if self.valid is not None:
             fewest = int(self.valid.sum(1).min())
             if fewest < count:
                 raise ValueError(f"{count} queries are asked of {fewest} valid tokens: lower model.queries.num_queries")
-            scores = scores.masked_fill(~self.valid, -torch.inf)
-        chosen = scores.topk(count, dim=1).indices[..., None]
+        return self.ranking().topk(count, dim=1).indices
+
+    def best(self, count: int) -> "Prediction":
+        """Keep the `count` best-ranked valid queries; see `best_queries`."""
+        chosen = self.best_queries(count)[..., None]
         return replace(
             self,
             logits=self.logits.gather(1, chosen.expand(-1, -1, self.logits.shape[-1])),
@@ -143,7 +180,10 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """Which query owns which target in one picture: `queries` and `targets`, both (min(Q, N),) int64."""
+    """Which query owns which target in one picture: `queries` and `targets`, both int64 of one length.
+
+    One-to-one matching gives min(Q, N) pairs; one-to-many and given ones may name a target several times.
+    """
 
     queries: Tensor
     targets: Tensor
@@ -162,11 +202,12 @@ class LossTerm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Detections:
-    """The scored boxes of one picture, best first.
+    """The scored boxes of one picture, best first; before NMS.
 
     `scores` (D,) in [0, 1]; `labels` (D,) in 0..K-1; `boxes_xyxy_px` (D, 4) in pixels of the original picture;
     `queries` (D,) the query that each comes from, in decoder layer `layer`; `gt_ids` (D,) the annotation that
-    one-to-one matching gives that query, or -1.
+    one-to-one matching gives that query, or -1. `recalled`: how many of the picture's true boxes have a selected
+    encoder proposal of IoU .5 or more; None where nothing is selected.
     """
 
     picture_id: int
@@ -176,11 +217,16 @@ class Detections:
     queries: Tensor
     gt_ids: Tensor
     layer: int
+    recalled: int | None = None
 
     def best(self, count: int) -> "Detections":
         """Keep the first `count`."""
+        return self.keep(slice(count))
+
+    def keep(self, places: Tensor | slice) -> "Detections":
+        """Keep the detections at `places`, in that order."""
         kept = {
-            name: getattr(self, name)[:count] for name in ("scores", "labels", "boxes_xyxy_px", "queries", "gt_ids")
+            name: getattr(self, name)[places] for name in ("scores", "labels", "boxes_xyxy_px", "queries", "gt_ids")
         }
         return replace(self, **kept)
 

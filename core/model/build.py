@@ -1,6 +1,6 @@
 """The composition root: the only place where a toggle's value picks a class. Parts never see a config."""
 
-from typing import Literal, assert_never
+from typing import Literal
 
 from torch import nn
 
@@ -58,7 +58,7 @@ def _backbone(config: c.ModelConfig) -> Backbone:
                 strides=config.strides,
             )
         case other:
-            assert_never(other)
+            raise NotImplementedError(other.kind)
 
 
 def _encoder(config: c.ModelConfig) -> Encoder:
@@ -71,7 +71,7 @@ def _encoder(config: c.ModelConfig) -> Encoder:
     )
     layers = [
         EncoderLayer(
-            attention=_deformable(config, config.encoder.num_points),
+            attention=_encoder_attention(config),
             feed_forward=_feed_forward(config),
             dim=config.hidden_dim,
             dropout=config.dropout,
@@ -87,7 +87,7 @@ def _encoder_heads(config: c.ModelConfig, num_classes: int) -> EncoderHeads | No
     return EncoderHeads(
         dim=config.hidden_dim,
         num_classes=num_classes,
-        anchor_scale=config.anchor_scale,
+        anchor_scale=config.encoder_supervision.anchor_scale,
         class_agnostic=config.encoder_supervision.labels == "binary",
     )
 
@@ -109,14 +109,14 @@ def _queries(config: c.ModelConfig) -> nn.Module:
                 static_position=static,
             )
         case other:
-            assert_never(other)
+            raise NotImplementedError(other.kind)
 
 
 def _decoder(config: c.ModelConfig) -> Decoder:
     layers = [
         DecoderLayer(
             self_attention=SelfAttention(dim=config.hidden_dim, num_heads=config.num_heads, dropout=config.dropout),
-            cross_attention=_deformable(config, config.decoder.num_points),
+            cross_attention=_decoder_attention(config),
             feed_forward=_feed_forward(config),
             dim=config.hidden_dim,
             dropout=config.dropout,
@@ -143,6 +143,22 @@ def _predicts_size(config: c.ModelConfig) -> Literal["nowhere", "first", "everyw
 
 def _num_heads(config: c.ModelConfig) -> int:
     return 1 if config.heads == "shared" else config.decoder.num_layers
+
+
+def _encoder_attention(config: c.ModelConfig) -> DeformableAttention:
+    match config.encoder.attention:
+        case c.DeformableSelf(num_points=num_points):
+            return _deformable(config, num_points)
+        case other:
+            raise NotImplementedError(other.kind)
+
+
+def _decoder_attention(config: c.ModelConfig) -> DeformableAttention:
+    match config.decoder.attention:
+        case c.Deformable(num_points=num_points):
+            return _deformable(config, num_points)
+        case other:
+            raise NotImplementedError(other.kind)
 
 
 def _deformable(config: c.ModelConfig, num_points: int) -> DeformableAttention:

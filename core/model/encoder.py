@@ -1,5 +1,7 @@
 """The encoder: deformable self-attention over the tokens of all levels (Deformable DETR, section 4.1)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,7 @@ class Encoder(nn.Module):
         valid_ratios = torch.stack([_valid_ratio(mask) for mask in pyramid.padding_masks], dim=1)
         memory = Memory(
             tokens=tokens,
+            position=position,
             padding_mask=torch.cat([mask.flatten(1) for mask in pyramid.padding_masks], dim=1),
             spatial_shapes=tuple((level.shape[-2], level.shape[-1]) for level in pyramid.features),
             valid_ratios=valid_ratios,
@@ -50,13 +53,7 @@ class Encoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, position, centres, memory)
             outputs.append(tokens)
-        return Memory(
-            tokens=tokens,
-            padding_mask=memory.padding_mask,
-            spatial_shapes=memory.spatial_shapes,
-            valid_ratios=valid_ratios,
-            layers=tuple(outputs),
-        )
+        return replace(memory, tokens=tokens, layers=tuple(outputs))
 
 
 def cell_centres(memory: Memory) -> Tensor:

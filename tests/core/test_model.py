@@ -6,6 +6,8 @@ from pydantic import ValidationError
 
 from core.config import (
     Decoder,
+    Deformable,
+    DeformableSelf,
     Encoder,
     EncoderSupervision,
     LearnedQueries,
@@ -26,10 +28,9 @@ SMALL = {
     "ffn_dim": 48,
     "dropout": 0.0,
     "backbone": SmallResNet(width=4),
-    "encoder": Encoder(num_layers=2, num_points=2),
-    "decoder": Decoder(num_layers=2, num_points=2),
+    "encoder": Encoder(num_layers=2, attention=DeformableSelf(num_points=2)),
+    "decoder": Decoder(num_layers=2, attention=Deformable(num_points=2)),
     "queries": LearnedQueries(num_queries=6),
-    "num_levels": 4,
 }
 DETACHED = Refinement(residual_base="detached", sampling_reference="detached")
 KINDS = {
@@ -101,7 +102,7 @@ def _batch(*sizes, seed=0):
             },
             id="two-stage",
         ),
-        pytest.param(33_844_193, {"strides": (32,), "num_levels": 1}, id="single scale"),
+        pytest.param(33_844_193, {"strides": (32,), "extra_levels": 0}, id="single scale"),
     ],
 )
 def test_trainable_parameters_equal_the_published_models(parameters, changes):
@@ -228,7 +229,6 @@ def test_too_few_tokens_are_told():
     [
         ({"query_position": "sine_of_reference"}, "needs box references: set queries.reference to box"),
         ({"queries": SelectedQueries()}, "set encoder_supervision to"),
-        ({"num_levels": 2}, "raise num_levels or name fewer strides"),
         ({"strides": (16, 8)}, "must rise"),
         ({"hidden_dim": 36, "num_heads": 4}, "not divisible by 8"),
         ({"encoder_supervision": EncoderSupervision(tokens="selected")}, "set tokens to all"),

@@ -7,7 +7,16 @@ The table is the one in `core/model/refinement.py`. "Chain" is the path through 
 import pytest
 import torch
 
-from core.config import Decoder, Encoder, LearnedQueries, ModelConfig, Refinement, SmallResNet
+from core.config import (
+    Decoder,
+    Deformable,
+    DeformableSelf,
+    Encoder,
+    LearnedQueries,
+    ModelConfig,
+    Refinement,
+    SmallResNet,
+)
 from core.model.build import build_model
 from core.model.refinement import BoxHead, RefinementStep
 from core.types import Batch
@@ -31,9 +40,9 @@ def _model(refinement, *, reference="box", query_position="sine_of_reference", h
         ffn_dim=32,
         dropout=0.0,
         backbone=SmallResNet(width=4),
-        num_levels=3,
-        encoder=Encoder(num_layers=1, num_points=2),
-        decoder=Decoder(num_layers=layers, num_points=2),
+        extra_levels=0,
+        encoder=Encoder(num_layers=1, attention=DeformableSelf(num_points=2)),
+        decoder=Decoder(num_layers=layers, attention=Deformable(num_points=2)),
         queries=LearnedQueries(num_queries=5, reference=reference),
         query_position=query_position,
         refinement=refinement,

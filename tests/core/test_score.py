@@ -9,6 +9,8 @@ import torch
 from core.checkpoint import load_checkpoint
 from core.config import (
     Decoder,
+    Deformable,
+    DeformableSelf,
     Encoder,
     EvaluationConfig,
     ExperimentConfig,
@@ -36,9 +38,9 @@ CONFIG = ExperimentConfig(
         num_heads=4,
         ffn_dim=48,
         backbone=SmallResNet(width=8),
-        num_levels=3,
-        encoder=Encoder(num_layers=1, num_points=2),
-        decoder=Decoder(num_layers=2, num_points=2),
+        extra_levels=0,
+        encoder=Encoder(num_layers=1, attention=DeformableSelf(num_points=2)),
+        decoder=Decoder(num_layers=2, attention=Deformable(num_points=2)),
         queries=LearnedQueries(num_queries=NUM_QUERIES, reference="box"),
     ),
     data=Shapes(side=64, num_train=40, num_val=SCORING_BATCH + 3),  # the last batch is smaller

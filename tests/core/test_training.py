@@ -25,14 +25,15 @@ def config():
         json.dumps(
             {
                 "model": {
+                    "kind": "detr",
                     "hidden_dim": 32,
                     "num_heads": 4,
                     "ffn_dim": 48,
                     "dropout": 0.1,
                     "backbone": {"kind": "small_resnet", "width": 8},
-                    "num_levels": 3,
-                    "encoder": {"num_layers": 1, "num_points": 2},
-                    "decoder": {"num_layers": 2, "num_points": 2},
+                    "extra_levels": 0,
+                    "encoder": {"num_layers": 1, "attention": {"kind": "deformable", "num_points": 2}},
+                    "decoder": {"num_layers": 2, "attention": {"kind": "deformable", "num_points": 2}},
                     "queries": {"kind": "learned", "num_queries": 10, "reference": "box"},
                     "query_position": "sine_of_reference",
                     "heads": "separate",

@@ -83,8 +83,8 @@ def test_layers_win_in_order(write):
 
 def test_dotted_and_nested_keys_are_the_same(write):
     """Mappings merge key by key, however the key is written."""
-    dotted = load_study(write(HEAD + "set: {model.decoder.num_points: 3, model.heads: separate}\n" + TAIL))
-    nested = load_study(write(HEAD + "set: {model: {decoder: {num_points: 3}, heads: separate}}\n" + TAIL))
+    dotted = load_study(write(HEAD + "set: {model.decoder.attention.num_points: 3, model.heads: separate}\n" + TAIL))
+    nested = load_study(write(HEAD + "set: {model: {decoder: {attention: {num_points: 3}}, heads: separate}}\n" + TAIL))
     assert dotted.variants == nested.variants
     assert dotted.variants[0].config.model.decoder.num_layers == 2
 

@@ -32,7 +32,12 @@ def test_schema_knows_the_values_of_a_key():
     """A key has the values of every kind of part that it may stand in."""
     keys = json_schema()["$defs"]["Overrides"]["properties"]
     assert keys["model.heads"]["enum"] == ["shared", "separate"]
-    assert [kind["const"] for kind in keys["model.queries.kind"]["anyOf"]] == ["learned", "selected"]
+    assert [kind["const"] for kind in keys["model.queries.kind"]["anyOf"]] == [
+        "learned",
+        "selected",
+        "tokens",
+        "custom",
+    ]
     assert keys["training.clip_norm"]["anyOf"][-1] == {"type": "null"}
 
 
