@@ -102,8 +102,9 @@ class QuerySet:
     `content` (B, Q, C); `position` (B, Q, C) or None where the position follows the reference; `reference`
     (B, Q, 2 or 4) after the sigmoid, or None where boxes come from the content alone (DETR). `group` names the set;
     `sees` are the groups that it may attend to in self-attention. `assignments`: of each picture, where the matching
-    is given. `valid` (B, Q) bool, False = a slot that is no query, or None = all are. `repeats`: queries that each true
-    box has in this set; its losses are divided by as much.
+    is given. `valid` (B, Q) bool, False = a slot that is no query, or None = all are. `repeats`: the set holds as many
+    groups of equal size side by side, which do not see one another; each true box has a query in each group, and the
+    set's losses are divided by as much.
     """
 
     content: Tensor
@@ -125,7 +126,7 @@ class Prediction:
     (B, Q, 4). `source`: denoising rows know their targets, auxiliary rows are extra queries, both of the decoder.
     `layer` counts from 0 in the decoder, from 1 in the encoder. `valid` (B, Q) bool, False = never to be matched or
     detected, or None = all valid. `class_agnostic`: every target counts as class 0. `assignments` and `repeats` are
-    those of the query set.
+    those of the query set. `features` (B, Q, C): what an encoder head read, for queries that start from it.
     """
 
     logits: Tensor
@@ -139,6 +140,7 @@ class Prediction:
     valid: Tensor | None = None
     repeats: int = 1
     class_agnostic: bool = False
+    features: Tensor | None = None
 
     def probabilities(self) -> Tensor:
         """Return the score of each class, (B, Q, K)."""
@@ -170,10 +172,14 @@ class Prediction:
     def best(self, count: int) -> "Prediction":
         """Keep the `count` best-ranked valid queries; see `best_queries`."""
         chosen = self.best_queries(count)[..., None]
+        features = self.features
+        if features is not None:
+            features = features.gather(1, chosen.expand(-1, -1, features.shape[-1]))
         return replace(
             self,
             logits=self.logits.gather(1, chosen.expand(-1, -1, self.logits.shape[-1])),
             boxes=self.boxes.gather(1, chosen.expand(-1, -1, 4)),
+            features=features,
             valid=None,
         )
 

@@ -1,4 +1,8 @@
-"""Attention: dense among queries, and multi-scale deformable (Deformable DETR, arXiv:2010.04159, eq. 3)."""
+"""Attention to the memory, in one signature: dense, multi-scale deformable, or within a window.
+
+Each maps `content` (B, Q, C) with its `position` (B, Q, C) and `reference` (B, Q, 2 or 4, or None) to (B, Q, C),
+reading a `Memory`. In the encoder the queries are the memory's own tokens.
+"""
 
 import math
 
@@ -7,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 from core.model.layers import Linear
+from core.types import Memory
 
 
-class SelfAttention(nn.MultiheadAttention):
-    """Dense attention among queries, batch first; positions join queries and keys, not values."""
+class Multihead(nn.MultiheadAttention):
+    """Torch's attention, batch first, with DETR's start: every matrix Xavier uniform, every bias zero."""
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__(dim, num_heads, dropout=dropout, batch_first=True)
@@ -20,19 +25,94 @@ class SelfAttention(nn.MultiheadAttention):
         self._reset_parameters()
         nn.init.xavier_uniform_(self.out_proj.weight)
 
+
+class SelfAttention(Multihead):
+    """Dense attention among queries; positions join queries and keys, not values."""
+
     def forward(self, x: Tensor, position: Tensor, blocked_mask: Tensor | None) -> Tensor:  # type: ignore[override]
         """Map `x` and `position` (B, Q, C) to (B, Q, C); `blocked_mask` (Q, Q) bool, True = may not attend."""
         where = x + position  # (the signature is narrower than torch's on purpose: nobody else calls this)
         return super().forward(where, where, x, attn_mask=blocked_mask, need_weights=False)[0]
 
 
-class DeformableAttention(nn.Module):
-    """Each query samples P points a head and level around its reference, weighted by one softmax over all L * P."""
+class DenseAttention(Multihead):
+    """Every query attends to every token that is not padding (DETR, arXiv:2005.12872, A.1); references play no part."""
 
-    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+    def forward(self, content: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:  # type: ignore[override]
+        """Attend; positions join queries and keys, not values."""
+        keys = memory.tokens + memory.position
+        padding = memory.padding_mask
+        return super().forward(content + position, keys, memory.tokens, key_padding_mask=padding, need_weights=False)[0]
+
+
+class QuestionAttention(Multihead):
+    """A residual step in which tokens attend to a question: embeddings that are the same for all pictures."""
+
+    def __init__(self, *, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
+        self.residual_dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, position: Tensor, question: Tensor) -> Tensor:  # type: ignore[override]
+        """Map `tokens` with their `position` (B, S, C), given `question` (Q, C), to (B, S, C)."""
+        words = question.expand(len(tokens), -1, -1)
+        attended = super().forward(tokens + position, words, words, need_weights=False)[0]
+        return self.norm(tokens + self.residual_dropout(attended))
+
+
+class WindowAttention(nn.Module):
+    """Every token attends to the cells at most `radius` away on its own level, if they are not padding."""
+
+    def __init__(self, *, dim: int, num_heads: int, radius: int) -> None:
         super().__init__()
-        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
-        samples = num_heads * num_levels * num_points
+        self.num_heads, self.radius = num_heads, radius
+        self.query_proj, self.key_proj, self.value_proj, self.output_proj = (Linear(dim, dim) for _ in range(4))
+
+    def forward(self, content: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
+        """Attend; the queries are the memory's own tokens in their order."""
+        projected = (
+            self.query_proj(content + position),
+            self.key_proj(memory.tokens + memory.position),
+            self.value_proj(memory.tokens),
+        )
+        levels = []
+        start = 0
+        for shape in memory.spatial_shapes:
+            end = start + shape[0] * shape[1]
+            query, key, value = (tensor[:, start:end] for tensor in projected)
+            levels.append(self._within_level(query, key, value, memory.padding_mask[:, start:end], shape))
+            start = end
+        return self.output_proj(torch.cat(levels, dim=1))
+
+    def _within_level(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, shape: tuple[int, int]
+    ) -> Tensor:
+        query = query.unflatten(-1, (self.num_heads, -1))  # (B, T, M, D)
+        keys, values = (self._around(tensor, shape).unflatten(1, (self.num_heads, -1)) for tensor in (key, value))
+        inside = self._around((~padding)[..., None].to(query.dtype), shape)[:, 0] > 0  # (B, window, T)
+        scores = torch.einsum("btmd,bmdwt->bmwt", query, keys) / math.sqrt(query.shape[-1])
+        scores = scores.masked_fill(~inside[:, None], torch.finfo(scores.dtype).min)
+        return torch.einsum("bmwt,bmdwt->btmd", scores.softmax(2), values).flatten(2)
+
+    def _around(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Return the neighbours of each token of (B, T, C), zero outside the level: (B, C, window, T)."""
+        side = 2 * self.radius + 1
+        level = tokens.transpose(1, 2).unflatten(-1, shape)
+        return F.unfold(level, side, padding=self.radius).unflatten(1, (tokens.shape[-1], side * side))
+
+
+class DeformableAttention(nn.Module):
+    """Each query samples P points a head and level around its reference, weighted by one softmax over all L * P.
+
+    Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159, eq. 3). With `own_level` the queries are the
+    memory's own tokens and sample their own level alone.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int, own_level: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.num_points, self.own_level = num_heads, num_points, own_level
+        self.num_levels = 1 if own_level else num_levels
+        samples = num_heads * self.num_levels * num_points
         self.sampling_offsets = nn.Linear(dim, samples * 2)
         self.attention_weights = nn.Linear(dim, samples)
         self.value_proj = Linear(dim, dim)
@@ -53,39 +133,38 @@ class DeformableAttention(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(grid.expand(-1, self.num_levels, -1, -1).flatten())
 
-    def forward(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        padding_mask: Tensor,
-        spatial_shapes: tuple[tuple[int, int], ...],
-    ) -> Tensor:
-        """Attend from `query` (B, Q, C) to `memory` (B, S, C).
+    def forward(self, content: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
+        """Attend around `reference` (B, Q, 2 or 4), in [0, 1] of the unpadded picture.
 
-        Args:
-            query: content plus position.
-            reference: (B, Q, L, 2 or 4) in [0, 1] of each *padded* level.
-            memory: tokens of all levels, without position.
-            padding_mask: (B, S), True = padding; its values count as zero, the softmax is not renormalised.
-            spatial_shapes: (H, W) of each level.
-
-        Returns:
-            (B, Q, C).
+        Values in the padding count as zero; the softmax is not renormalised.
         """
-        batch, num_queries, _ = query.shape
-        value = self.value_proj(memory).masked_fill(padding_mask[..., None], 0.0)
+        if reference is None:
+            raise ValueError("deformable attention needs references: set model.queries.reference to point or box")
+        query = content + position
+        value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
-        samples = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
+        samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
-        locations = self._locations(reference[:, :, None, :, None], offsets, spatial_shapes)
-        return self.output_proj(sample_and_sum(value, spatial_shapes, locations, weights))
+        ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, L, 2 or 4)
+        if not self.own_level:
+            padded = reference[:, :, None] * ratios[:, None]  # (B, Q, L, 2 or 4) of the padded levels
+            locations = self._locations(padded[:, :, None, :, None], offsets, memory.spatial_shapes)
+            return self.output_proj(sample_and_sum(value, memory.spatial_shapes, locations, weights))
+        levels = []
+        start = 0
+        for level, shape in enumerate(memory.spatial_shapes):
+            own = slice(start, start + shape[0] * shape[1])
+            padded = reference[:, own, None] * ratios[:, None, level : level + 1]
+            locations = self._locations(padded[:, :, None, :, None], offsets[:, own], (shape,))
+            levels.append(sample_and_sum(value[:, own], (shape,), locations, weights[:, own]))
+            start = own.stop
+        return self.output_proj(torch.cat(levels, dim=1))
 
     def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
         """Around a point, offsets count in cells of each level; around a box, P of them reach half its side."""
         if reference.shape[-1] == 2:
-            sizes = offsets.new_tensor([[w, h] for h, w in spatial_shapes])  # (x, y), from rows of (H, W)
+            sizes = reference.new_tensor([[w, h] for h, w in spatial_shapes])  # (x, y), from rows of (H, W)
             return reference + offsets / sizes[:, None]
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
 
@@ -93,7 +172,7 @@ class DeformableAttention(nn.Module):
 def sample_and_sum(
     value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Sample `value` bilinearly at `locations`, zero outside, and sum with `weights`.
+    """Sample `value` bilinearly at `locations`, zero outside, and sum with `weights`; the locations' precision holds.
 
     Args:
         value: (B, S, M, D).
@@ -106,7 +185,7 @@ def sample_and_sum(
     """
     batch, _, num_heads, dim = value.shape
     num_queries = locations.shape[1]
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
+    maps = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*M, Q, L, P, 2)
     sampled = []
     start = 0

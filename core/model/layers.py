@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
@@ -32,21 +33,43 @@ class FeedForward(nn.Module):
 
 
 class BoxMLP(nn.Module):
-    """DETR's box head; the last layer starts at zero, so the first boxes are the references (Deformable DETR)."""
+    """DETR's box head. Its last layer starts at zero, so the first boxes are the references (Deformable DETR).
 
-    def __init__(self, dim: int) -> None:
+    Without `zero_start` it starts as torch's linear maps do (DETR).
+    """
+
+    def __init__(self, dim: int, *, zero_start: bool = True) -> None:
         super().__init__()
         self.hidden = MLP(dim, dim, dim)
         self.last = nn.Linear(dim, 4)
+        self.zero_start = zero_start
 
     def reset_parameters(self) -> None:
-        """Set the last layer to zero."""
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        """Set the last layer to zero, if so asked."""
+        if self.zero_start:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., C) to logits of boxes (..., 4)."""
-        return self.last(F.relu(self.hidden(x)))
+        """Map (..., C) to logits of boxes (..., 4), never of half precision."""
+        logits = self.last(F.relu(self.hidden(x)))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class ClassHead(nn.Linear):
+    """Class logits; with `prior` each class starts at a probability of 0.01 (arXiv:1708.02002, section 3.3)."""
+
+    PRIOR_LOGIT = -4.595119850134589  # log(0.01 / 0.99)
+
+    def __init__(self, dim: int, num_logits: int, *, prior: bool = True) -> None:
+        self.prior = prior
+        super().__init__(dim, num_logits)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight, set the bias."""
+        super().reset_parameters()
+        if self.prior:
+            nn.init.constant_(self.bias, self.PRIOR_LOGIT)
 
 
 class MLP(nn.Module):

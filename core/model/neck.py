@@ -7,7 +7,7 @@ from core.types import FeaturePyramid
 
 
 class _Projection(nn.Conv2d):
-    """A convolution that starts as Xavier uniform with zero bias."""
+    """A convolution that starts as Xavier uniform with zero bias (Deformable DETR)."""
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
@@ -16,20 +16,17 @@ class _Projection(nn.Conv2d):
 
 
 class Neck(nn.Module):
-    """One projection a level, each followed by GroupNorm.
+    """One projection a level, each followed by GroupNorm; without `norm` a bare convolution by torch's default (DETR).
 
     The first extra level is a 3x3 stride-2 convolution of the last backbone map, each further one of the level before
     it.
     """
 
-    def __init__(self, *, channels: tuple[int, ...], dim: int, num_levels: int) -> None:
+    def __init__(self, *, channels: tuple[int, ...], dim: int, extra_levels: int, norm: bool) -> None:
         super().__init__()
-        groups = max(1, dim // 8)  # of 8 channels: 32 at the reference's 256
-        lateral = [nn.Sequential(_Projection(c, dim, 1), nn.GroupNorm(groups, dim)) for c in channels]
-        extra_inputs = [channels[-1], *[dim] * num_levels][: num_levels - len(channels)]
-        extra = [
-            nn.Sequential(_Projection(c, dim, 3, stride=2, padding=1), nn.GroupNorm(groups, dim)) for c in extra_inputs
-        ]
+        lateral = [_level(c, dim, norm=norm, extra=False) for c in channels]
+        extra_inputs = [channels[-1], *[dim] * extra_levels][:extra_levels]
+        extra = [_level(c, dim, norm=norm, extra=True) for c in extra_inputs]
         self.projections = nn.ModuleList(lateral + extra)
 
     def forward(self, features: tuple[Tensor, ...], padding_mask: Tensor) -> FeaturePyramid:
@@ -45,3 +42,10 @@ class Neck(nn.Module):
             F.interpolate(padding_mask[:, None].float(), size=level.shape[-2:]).bool()[:, 0] for level in levels
         )
         return FeaturePyramid(features=tuple(levels), padding_masks=masks)
+
+
+def _level(channels: int, dim: int, *, norm: bool, extra: bool) -> nn.Module:
+    kind = _Projection if norm else nn.Conv2d
+    conv = kind(channels, dim, 3, stride=2, padding=1) if extra else kind(channels, dim, 1)
+    groups = max(1, dim // 8)  # of 8 channels: 32 at the reference's 256
+    return nn.Sequential(conv, nn.GroupNorm(groups, dim)) if norm else nn.Sequential(conv)

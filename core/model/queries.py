@@ -1,59 +1,83 @@
 """Where queries come from.
 
-A source is a module called with (memory, proposals or None, targets or None, generator or None): targets and generator
-come in training only. It returns a QuerySet, or None where it has none to give.
+A source is a module called with (memory, proposals or None, batch or None, generator or None): batch and generator come
+in training only. It returns a QuerySet, or None where it has none to give. Random sources draw from
+`picture_stream`, so what a picture gets depends on the step and the picture, not on its company.
 """
 
+from typing import Literal
+
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from core.boxes import inverse_sigmoid
-from core.model.encoder import cell_centres
-from core.model.layers import BoxMLP, Linear
+from core.model.layers import Linear
 from core.model.position import sine_frequencies, sine_of_boxes
-from core.types import Memory, Prediction, QuerySet
+from core.seeding import torch_stream
+from core.types import Batch, Memory, Prediction, QuerySet
 
 
-class LearnedPoints(nn.Module):
-    """Learned position and content; the reference point is a linear map of the position (Deformable DETR)."""
+class LearnedQueries(nn.Module):
+    """Learned position, content that is learned or zero, no reference (DETR, arXiv:2005.12872, section 3.2)."""
 
-    def __init__(self, *, num_queries: int, dim: int) -> None:
+    def __init__(self, *, num_queries: int, dim: int, zero_content: bool, static_position: bool = True) -> None:
         super().__init__()
-        self.position = nn.Embedding(num_queries, dim)
-        self.content = nn.Embedding(num_queries, dim)
+        self.num_queries, self.dim = num_queries, dim
+        self.position = nn.Embedding(num_queries, dim) if static_position else None
+        self.content = None if zero_content else nn.Embedding(num_queries, dim)
+
+    def forward(
+        self, memory: Memory, proposals: Prediction | None, batch: Batch | None, generator: Generator | None
+    ) -> QuerySet:
+        """Return the same queries for every picture, unless references are random."""
+        like = memory.tokens
+        zeros = like.new_zeros(len(like), self.num_queries, self.dim, dtype=torch.float32)
+        return QuerySet(
+            content=zeros if self.content is None else self.content.weight.expand(len(like), -1, -1),
+            position=None if self.position is None else self.position.weight.expand(len(like), -1, -1),
+            reference=self.reference(memory, batch, generator),
+        )
+
+    def reference(self, memory: Memory, batch: Batch | None, generator: Generator | None) -> Tensor | None:
+        """Return the references, (B, Q, 2 or 4), or None."""
+        return None
+
+    def question(self) -> Tensor:
+        """Return what the encoder may read, (Q, C): content and position, as far as there are any."""
+        parts = [part.weight for part in (self.content, self.position) if part is not None]
+        return torch.stack(parts).sum(0)
+
+
+class LearnedPoints(LearnedQueries):
+    """The reference point is a linear map of the learned position (Deformable DETR, section 4.1)."""
+
+    def __init__(self, *, num_queries: int, dim: int, zero_content: bool) -> None:
+        super().__init__(num_queries=num_queries, dim=dim, zero_content=zero_content)
         self.reference_points = Linear(dim, 2)
 
     def reset_parameters(self) -> None:
         """Start the map's bias at zero."""
         nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, memory: Memory, *_: object) -> QuerySet:
-        """Return the same queries for every picture."""
-        batch = len(memory.tokens)
-        return QuerySet(
-            content=self.content.weight.expand(batch, -1, -1),
-            position=self.position.weight.expand(batch, -1, -1),
-            reference=self.reference_points(self.position.weight).sigmoid().expand(batch, -1, -1),
-        )
+    def reference(self, memory: Memory, batch: Batch | None, generator: Generator | None) -> Tensor:
+        """Return points (B, Q, 2)."""
+        assert self.position is not None  # LearnedPoints always has one
+        points = self.reference_points(self.position.weight).float().sigmoid()
+        return points.expand(len(memory.tokens), -1, -1)
 
 
-class LearnedBoxes(nn.Module):
-    """Learned content and 4-d anchors (DAB-DETR, arXiv:2201.12329), and a learned position where it is static."""
+class LearnedBoxes(LearnedQueries):
+    """The reference is an anchor box (DAB-DETR, arXiv:2201.12329); the position is learned where it is static."""
 
-    def __init__(self, *, num_queries: int, dim: int, anchor_size: float, static_position: bool) -> None:
-        super().__init__()
-        self.content = nn.Embedding(num_queries, dim)
-        self.position = nn.Embedding(num_queries, dim) if static_position else None
-        self.anchors = Anchors(num_queries, anchor_size)
+    def __init__(
+        self, *, num_queries: int, dim: int, zero_content: bool, static_position: bool, anchors: nn.Module
+    ) -> None:
+        super().__init__(num_queries=num_queries, dim=dim, zero_content=zero_content, static_position=static_position)
+        self.anchors = anchors
 
-    def forward(self, memory: Memory, *_: object) -> QuerySet:
-        """Return the same queries for every picture."""
-        batch = len(memory.tokens)
-        return QuerySet(
-            content=self.content.weight.expand(batch, -1, -1),
-            position=None if self.position is None else self.position.weight.expand(batch, -1, -1),
-            reference=self.anchors.logits.sigmoid().expand(batch, -1, -1),
-        )
+    def reference(self, memory: Memory, batch: Batch | None, generator: Generator | None) -> Tensor:
+        """Return boxes (B, Q, 4)."""
+        return self.anchors(memory, batch, generator)
 
 
 class Anchors(nn.Module):
@@ -71,80 +95,116 @@ class Anchors(nn.Module):
             centres = torch.rand_like(self.logits[:, :2])
             self.logits.copy_(inverse_sigmoid(torch.cat([centres, torch.full_like(centres, self.size)], dim=-1)))
 
+    def forward(self, memory: Memory, batch: Batch | None, generator: Generator | None) -> Tensor:
+        """Return the same boxes for every picture."""
+        return self.logits.sigmoid().expand(len(memory.tokens), -1, -1)
 
-class SelectedFromEncoder(nn.Module):
-    """The best-scored encoder proposals (two-stage, Deformable DETR section 4.2 and A.4).
 
-    Boxes are detached; content (and a static position) are a linear map of their sine embedding.
+class FixedCentres(nn.Module):
+    """Anchors whose centres stay where they were drawn; only their sides learn (DAB-DETR's fixed x, y)."""
+
+    centres: Tensor
+
+    def __init__(self, num_queries: int, size: float) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("centres", torch.empty(num_queries, 2))
+        self.side_logits = nn.Parameter(torch.empty(num_queries, 2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the centres."""
+        with torch.no_grad():
+            self.centres.copy_(torch.rand_like(self.centres))
+            self.side_logits.copy_(inverse_sigmoid(torch.full_like(self.side_logits, self.size)))
+
+    def forward(self, memory: Memory, batch: Batch | None, generator: Generator | None) -> Tensor:
+        """Return the same boxes for every picture."""
+        return torch.cat([self.centres, self.side_logits.sigmoid()], dim=-1).expand(len(memory.tokens), -1, -1)
+
+
+class RandomBoxes(nn.Module):
+    """Boxes drawn anew for each picture of each step; in scoring, one drawing serves all pictures.
+
+    Centres are uniform over the picture, sides uniform up to twice `size` (the start of DiffusionDet,
+    arXiv:2211.09788, draws Gaussian boxes instead).
     """
 
-    def __init__(self, *, num_queries: int, dim: int, temperature: float, static_position: bool) -> None:
+    def __init__(self, num_queries: int, size: float) -> None:
         super().__init__()
-        self.num_queries = num_queries
-        self.register_buffer("frequencies", sine_frequencies(dim // 2, temperature), persistent=False)
-        width = 2 * dim if static_position else dim
-        self.projection = Linear(2 * dim, width)
-        self.norm = nn.LayerNorm(width)
-        self.static_position = static_position
+        self.num_queries, self.size = num_queries, size
+
+    def forward(self, memory: Memory, batch: Batch | None, generator: Generator | None) -> Tensor:
+        """Return boxes (B, Q, 4)."""
+        device = memory.tokens.device
+        if batch is None or generator is None:
+            boxes = random_boxes(self.num_queries, self.size, torch_stream(0, "random boxes in scoring"))
+            return boxes.to(device).expand(len(memory.tokens), -1, -1)
+        streams = [picture_stream(generator, "random boxes", target.picture_id) for target in batch.targets]
+        return torch.stack([random_boxes(self.num_queries, self.size, stream) for stream in streams]).to(device)
+
+
+def random_boxes(count: int, size: float, generator: Generator) -> Tensor:
+    """Draw `count` boxes (count, 4): centres uniform, sides uniform up to twice `size`, but within the picture."""
+    drawn = torch.rand(count, 4, generator=generator)
+    return torch.cat([drawn[:, :2], (drawn[:, 2:] * 2 * size).clamp(1e-3, 1.0)], dim=-1)
+
+
+def picture_stream(generator: Generator, name: str, picture_id: int) -> Generator:
+    """Return the generator of one picture in the step that `generator` was seeded for."""
+    return torch_stream(generator.initial_seed(), name, picture_id)
+
+
+class SelectedFromEncoder(nn.Module):
+    """The best-ranked encoder proposals (two-stage, Deformable DETR section 4.2 and A.4); boxes are detached.
+
+    Content: `box`, a linear map of the box's sine; `memory`, the token that the proposal comes from, detached (DINO's
+    pure selection); `learned`, an embedding a rank (mixed selection); `zeros`. A static position is a linear map of the
+    sine in every case.
+    """
 
     frequencies: Tensor
 
-    def forward(self, memory: Memory, proposals: Prediction | None, *_: object) -> QuerySet:  # noqa: ARG002 - one signature
+    def __init__(
+        self,
+        *,
+        num_queries: int,
+        dim: int,
+        temperature: float,
+        content: Literal["box", "memory", "learned", "zeros"],
+        static_position: bool,
+    ) -> None:
+        super().__init__()
+        self.num_queries, self.dim = num_queries, dim
+        self.content = content
+        self.static_position = static_position
+        self.learned = nn.Embedding(num_queries, dim) if content == "learned" else None
+        self.register_buffer("frequencies", sine_frequencies(dim // 2, temperature), persistent=False)
+        width = dim * (static_position + (content == "box"))
+        self.projection = Linear(2 * dim, width) if width else None
+        self.norm = nn.LayerNorm(width) if width else None
+
+    def forward(
+        self, memory: Memory, proposals: Prediction | None, batch: Batch | None, generator: Generator | None
+    ) -> QuerySet:
         """Return the top `num_queries` proposals of each picture."""
         if proposals is None:
             raise ValueError("selected queries need encoder heads: set model.encoder_supervision")
-        boxes = proposals.best(self.num_queries).boxes.detach()
-        embedded = self.norm(self.projection(sine_of_boxes(boxes, self.frequencies)))
-        if not self.static_position:
-            return QuerySet(content=embedded, position=None, reference=boxes)
-        position, content = embedded.chunk(2, dim=-1)
-        return QuerySet(content=content, position=position, reference=boxes)
-
-
-class EncoderHeads(nn.Module):
-    """A detection head on every token: class logits, and a box refined from an anchor at the token's cell.
-
-    Anchors are squares of `anchor_scale` x 2^level of the picture. Tokens in the padding, or whose anchor leaves
-    (0.01, 0.99), are invalid (Deformable DETR's `gen_encoder_output_proposals`).
-    """
-
-    def __init__(self, *, dim: int, num_classes: int, anchor_scale: float, class_agnostic: bool) -> None:
-        super().__init__()
-        self.project = Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.class_head = ClassHead(dim, num_classes)
-        self.box_mlp = BoxMLP(dim)
-        self.anchor_scale = anchor_scale
-        self.class_agnostic = class_agnostic
-
-    def forward(self, memory: Memory) -> Prediction:
-        """Predict for all S tokens."""
-        centres = cell_centres(memory)
-        sides = [
-            torch.full((h * w,), self.anchor_scale * 2.0**level, device=centres.device)
-            for level, (h, w) in enumerate(memory.spatial_shapes)
-        ]
-        side = torch.cat(sides)[None, :, None].expand(len(centres), -1, 2)
-        anchors = torch.cat([centres, side], dim=-1)
-        valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding_mask
-        tokens = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0.0)))
-        boxes = (self.box_mlp(tokens) + inverse_sigmoid(anchors)).sigmoid()
-        return Prediction(
-            logits=self.class_head(tokens),
-            boxes=boxes,
-            source="encoder",
-            layer=len(memory.layers),
-            valid=valid,
-            class_agnostic=self.class_agnostic,
+        best = proposals.best(self.num_queries)
+        boxes = best.boxes.detach()
+        parts: list[Tensor] = []
+        if self.projection is not None and self.norm is not None:
+            embedded = self.norm(self.projection(sine_of_boxes(boxes, self.frequencies)))
+            parts = list(embedded.split(self.dim, dim=-1))  # the position first, as in the official code
+        return QuerySet(
+            content=parts[-1] if self.content == "box" else self._content(best),
+            position=parts[0] if self.static_position else None,
+            reference=boxes,
         )
 
-
-class ClassHead(nn.Linear):
-    """Class logits whose bias starts at a probability of 0.01 (focal loss, arXiv:1708.02002, section 3.3)."""
-
-    PRIOR_LOGIT = -4.595119850134589  # log(0.01 / 0.99)
-
-    def reset_parameters(self) -> None:
-        """Draw the weight, set the bias."""
-        super().reset_parameters()
-        nn.init.constant_(self.bias, self.PRIOR_LOGIT)
+    def _content(self, best: Prediction) -> Tensor:
+        if self.learned is not None:
+            return self.learned.weight.expand(len(best.boxes), -1, -1)
+        if self.content == "memory" and best.features is not None:
+            return best.features.detach()
+        return best.boxes.new_zeros(len(best.boxes), self.num_queries, self.dim)

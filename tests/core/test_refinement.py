@@ -167,9 +167,9 @@ def test_look_forward_twice_reaches_the_anchors_from_the_second_layer():
 class _CutTooEarly(BoxHead):
     """A decoder whose detach was moved: the boxes themselves are cut before they are carried on."""
 
-    def forward(self, layer, hidden, step, initial):
+    def forward(self, layer, hidden, output, step, initial):
         """Cut what `kept` keeps, and keep what `detached` cuts."""
-        result = super().forward(layer, hidden, step, initial)
+        result = super().forward(layer, hidden, output, step, initial)
         moved = result.boxes if self.residual_base == "detached" else result.boxes.detach()
         return RefinementStep(result.boxes, moved, moved)
 
