@@ -1,0 +1,188 @@
+"""Our forward pass against an independent implementation: Hugging Face transformers, with the same random weights.
+
+The two-stage model of transformers has no loss on the encoder's output, so only its forward pass is a reference.
+"""
+
+import os
+import re
+import warnings
+
+import pytest
+import torch
+
+from core.model.build import build_model
+from core.recipes import RECIPES
+from core.types import Batch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+NUM_CLASSES = 91
+SIZES = ((96, 128), (128, 80))
+
+# Names of transformers -> ours, in this order; what has no rule must be equal already.
+COMMON = [
+    (r"model\.backbone\.model\.(.*)", r"backbone.body.\1"),
+    (r"(.*)\.mlp\.fc(\d)\.(.*)", r"\1.feed_forward.linear\2.\3"),
+    (r"model\.encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.*)", r"encoder.layers.\1.norm.\2"),
+    (r"model\.(\w+)\.layers\.(\d+)\.final_layer_norm\.(.*)", r"\1.layers.\2.feed_forward.norm.\3"),
+    (r"model\.encoder\.layers\.(\d+)\.self_attn\.(.*)", r"encoder.layers.\1.attention.\2"),
+    (r"model\.decoder\.layers\.(\d+)\.self_attn\.(.*)", r"decoder.layers.\1.self_attention.\2"),
+    (r"model\.decoder\.layers\.(\d+)\.encoder_attn\.(.*)", r"decoder.layers.\1.cross_attention.\2"),
+    (r"model\.decoder\.layers\.(\d+)\.self_attn_layer_norm\.(.*)", r"decoder.layers.\1.norm_self.\2"),
+    (r"model\.decoder\.layers\.(\d+)\.encoder_attn_layer_norm\.(.*)", r"decoder.layers.\1.norm_cross.\2"),
+    (r"model\.(encoder|decoder)\.(.*)", r"\1.\2"),
+    (r"(.*)\.o_proj\.(.*)", r"\1.out_proj.\2"),
+]
+PLAIN = [
+    (r"model\.input_projection\.(.*)", r"neck.projections.0.0.\1"),
+    (r"model\.query_position_embeddings\.weight", r"query_sources.0.position.weight"),
+    (r"decoder\.layernorm\.(.*)", r"decoder.norm.\1"),
+    (r"class_labels_classifier\.(.*)", r"class_heads.0.\1"),
+    (r"bbox_predictor\.layers\.([01])\.(.*)", r"decoder.box_head.mlps.0.hidden.layers.\1.\2"),
+    (r"bbox_predictor\.layers\.2\.(.*)", r"decoder.box_head.mlps.0.last.\1"),
+]
+DEFORMABLE = [
+    (r"model\.level_embed", r"encoder.position.level_embed"),
+    (r"model\.input_proj\.(.*)", r"neck.projections.\1"),
+    (r"model\.reference_points\.(.*)", r"query_sources.0.reference_points.\1"),
+    (r"model\.enc_output\.(.*)", r"encoder_heads.heads.0.project.\1"),
+    (r"model\.enc_output_norm\.(.*)", r"encoder_heads.heads.0.norm.\1"),
+    (r"model\.pos_trans\.(.*)", r"query_sources.0.projection.\1"),
+    (r"model\.pos_trans_norm\.(.*)", r"query_sources.0.norm.\1"),
+    (r"class_embed\.6\.(.*)", r"encoder_heads.heads.0.class_head.\1"),
+    (r"bbox_embed\.6\.layers\.([01])\.(.*)", r"encoder_heads.heads.0.box_mlp.hidden.layers.\1.\2"),
+    (r"bbox_embed\.6\.layers\.2\.(.*)", r"encoder_heads.heads.0.box_mlp.last.\1"),
+    (r"class_embed\.(\d)\.(.*)", r"class_heads.\1.\2"),
+    (r"bbox_embed\.(\d)\.layers\.([01])\.(.*)", r"decoder.box_head.mlps.\1.hidden.layers.\2.\3"),
+    (r"bbox_embed\.(\d)\.layers\.2\.(.*)", r"decoder.box_head.mlps.\1.last.\2"),
+]
+
+
+def _ours(theirs, rules):
+    """Rename a state dict of transformers, joining what torch keeps as one projection of queries, keys and values."""
+    state, parts = {}, {}
+    for full_name, value in theirs.items():
+        name = full_name
+        if re.match(r"model\.decoder\.(class|bbox)_embed", name) or name.endswith("num_batches_tracked"):
+            continue
+        for pattern, replacement in [*COMMON, *rules]:
+            name = re.sub(f"^{pattern}$", replacement, name)
+        split = re.match(r"(.*)\.([qkv])_proj\.(weight|bias)$", name)
+        if split:
+            joined = f"{split[1]}.in_proj_{split[3]}"
+            parts.setdefault(joined, {})[split[2]] = value
+        else:
+            state[name] = value
+    return state | {name: torch.cat([part[letter] for letter in "qkv"]) for name, part in parts.items()}
+
+
+def _theirs(recipe):
+    """Build transformers' model of a recipe, every weight moved away from where it starts."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        import transformers
+
+        shared = {"use_timm_backbone": True, "backbone": "resnet50", "use_pretrained_backbone": False, "num_labels": 91}
+        if recipe.startswith("detr"):
+            config = transformers.DetrConfig(**shared, dilation=recipe.endswith("dc5"))
+            model = transformers.DetrForObjectDetection(config)
+        else:
+            config = transformers.DeformableDetrConfig(
+                **shared,
+                dilation=recipe.endswith("dc5"),
+                num_feature_levels=1 if "single_scale" in recipe else 4,
+                with_box_refine=recipe in ("deformable_refine", "deformable_two_stage"),
+                two_stage=recipe == "deformable_two_stage",
+                two_stage_num_proposals=20,
+                num_queries=20,
+            )
+            model = transformers.DeformableDetrForObjectDetection(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in sorted(model.state_dict().items()):
+            if value.is_floating_point():
+                scale = 1.0 if "query_position" in name else 0.05
+                value.add_(torch.randn(value.shape, generator=generator), alpha=scale)
+            if name.endswith("running_var"):
+                value.abs_()
+    return model.eval()
+
+
+def _batch():
+    generator = torch.Generator().manual_seed(1)
+    height, width = (max(sides) for sides in zip(*SIZES, strict=True))
+    images = torch.zeros(len(SIZES), 3, height, width, dtype=torch.uint8)
+    padding_mask = torch.ones(len(SIZES), height, width, dtype=torch.bool)
+    for index, (h, w) in enumerate(SIZES):
+        images[index, :, :h, :w] = torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
+        padding_mask[index, :h, :w] = False
+    return Batch(images=images, padding_mask=padding_mask, targets=())
+
+
+def _model(recipe):
+    config = RECIPES[recipe].model
+    if not recipe.startswith("detr"):  # small pictures have few valid tokens
+        config = config.model_copy(update={"queries": config.queries.model_copy(update={"num_queries": 20})})
+    softmax = recipe.startswith("detr")
+    return build_model(config, num_classes=NUM_CLASSES, seed=0, activation="softmax" if softmax else "sigmoid").eval()
+
+
+def _pair(recipe):
+    """Return transformers' model and ours with the same weights."""
+    theirs, model = _theirs(recipe), _model(recipe)
+    state = _ours(theirs.state_dict(), PLAIN if recipe.startswith("detr") else DEFORMABLE)
+    both = state.pop("model.query_position_embeddings.weight", None)
+    if both is not None:  # of Deformable DETR; plain DETR's has been renamed
+        state["query_sources.0.position.weight"], state["query_sources.0.content.weight"] = both.chunk(2, dim=1)
+    if recipe not in ("deformable_refine", "deformable_two_stage"):  # one head under six names
+        state = {name: value for name, value in state.items() if not re.match(r"(class_heads|.*mlps)\.[1-5]\.", name)}
+    model.load_state_dict(state)
+    return theirs, model
+
+
+def _outputs(theirs, model):
+    """Return logits and boxes of the last layer of each on a padded batch of two sizes."""
+    batch = _batch()
+    pixels = ((batch.images.float() - model.backbone.mean) / model.backbone.std).masked_fill(
+        batch.padding_mask[:, None], 0.0
+    )
+    with torch.no_grad():
+        expected = theirs(pixel_values=pixels, pixel_mask=(~batch.padding_mask).long())
+        actual = model(batch)[-1]
+    return (expected.logits, actual.logits), (expected.pred_boxes, actual.boxes)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "detr",
+        "detr_dc5",
+        "deformable",
+        "deformable_single_scale",
+        "deformable_single_scale_dc5",
+        "deformable_refine",
+        "deformable_two_stage",
+    ],
+)
+def test_forward_pass_equals_transformers(recipe):
+    """Logits and boxes agree to 1e-4 on a padded batch of two sizes, and differ between queries and pictures."""
+    for expected, actual in _outputs(*_pair(recipe)):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+        assert expected.std(1).mean() > 2e-4
+        assert (expected[0] - expected[1]).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("quirk", ["offset", "padding"])
+@pytest.mark.parametrize("recipe", ["detr", "deformable_refine"])
+def test_a_small_deviation_would_be_noticed(recipe, quirk):
+    """Another offset of the sine, or padding that is not masked, breaks the agreement."""
+    theirs, model = _pair(recipe)
+    if quirk == "offset":
+        model.encoder.position.offset += 0.5
+    else:
+        forward = model.backbone.forward
+        model.backbone.forward = lambda images, padding_mask: forward(images, torch.zeros_like(padding_mask))
+    (expected, actual), _ = _outputs(theirs, model)
+    assert (expected - actual).abs().max() > 1e-3
