@@ -727,6 +727,13 @@ class ExperimentConfig(Part):
         model = self.model
         if model.kind != "detr":
             return
+        supervision = model.encoder_supervision
+        of_encoder = supervision.classification if supervision else None
+        if of_encoder and of_encoder.kind == "cross_entropy" and self.loss.matcher.cost == "focal":
+            yield (
+                "the focal matching cost needs a score for each class alone, which cross_entropy does not give: set "
+                "loss.matcher.cost to probability or model.encoder_supervision.classification.kind to focal"
+            )
         tokens = self._most_tokens(model)
         dense = model.encoder.attention.kind == "dense" and model.encoder.num_layers > 0
         if dense and tokens > model.encoder.max_dense_tokens:

@@ -1,10 +1,13 @@
 """DETR behind the `Detector` seam: the model with its criterion."""
 
+from dataclasses import replace
+from typing import Any, Literal
+
 import torch
 from torch import Generator, nn
 
 from core.config import ExperimentConfig, ModelConfig
-from core.evaluation.postprocess import to_detections
+from core.evaluation.postprocess import detecting, recalled, to_detections
 from core.loss.criterion import SetCriterion, build_criterion
 from core.model.build import build_model
 from core.model.detr import DETR
@@ -12,33 +15,73 @@ from core.types import Batch, Detections, LossTerm, Prediction
 
 
 class DetrDetector(nn.Module):
-    """What training and evaluation see of DETR."""
+    """What training and evaluation see of DETR.
 
-    def __init__(self, *, model: DETR, criterion: SetCriterion) -> None:
+    `num_selected`: queries that are selected from the encoder's proposals, None where they are not. `decoder_steps`:
+    decoder layers to run when detecting, None for as many as in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DETR,
+        criterion: SetCriterion,
+        classes_per_query: Literal["all", "one"],
+        num_selected: int | None,
+        decoder_steps: int | None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
+        self.classes_per_query: Literal["all", "one"] = classes_per_query
+        self.num_selected = num_selected
+        self.decoder_steps = decoder_steps
 
     def loss(self, batch: Batch, generator: Generator) -> tuple[LossTerm, ...]:
         """Return the loss terms of one batch."""
-        return self.criterion(self.model(batch, generator), batch.targets)
+        return self.criterion(self.model(batch, generator), batch.targets, batch.counts)
 
-    @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
-        """Return the last decoder layer's prediction."""
-        return self.model(batch)[-1]
+        """Return the prediction that detects."""
+        return detecting(self._predictions(batch))
 
     def detect(self, batch: Batch, *, top_k: int) -> tuple[Detections, ...]:
-        """Return the detections of each picture, and which true box each belongs to."""
-        prediction = self.predict(batch)
+        """Return the detections of each picture, and which true box each belongs to by one-to-one matching."""
+        predictions = self._predictions(batch)
+        prediction = detecting(predictions)
         assignments = self.criterion.matcher(prediction, batch.targets)
-        return to_detections(prediction, batch.targets, assignments, top_k=top_k)
+        found = to_detections(
+            prediction, batch.targets, assignments, top_k=top_k, classes_per_query=self.classes_per_query
+        )
+        if self.num_selected is None:
+            return found
+        proposals = max((row for row in predictions if row.source == "encoder"), key=lambda row: row.layer)
+        counts = recalled(proposals, batch.targets, count=self.num_selected)
+        return tuple(replace(one, recalled=count) for one, count in zip(found, counts, strict=True))
+
+    @torch.no_grad()
+    def _predictions(self, batch: Batch) -> tuple[Prediction, ...]:
+        asked: dict[str, Any] = {} if self.decoder_steps is None else {"decoder_steps": self.decoder_steps}
+        return self.model(batch, **asked)
 
 
 def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:
-    """Build a detector on the CPU with weights that depend on `seed` alone."""
-    if not isinstance(config.model, ModelConfig):
-        raise NotImplementedError(config.model.kind)
-    supervision = config.model.encoder_supervision
-    criterion = build_criterion(config.loss, encoder_tokens=supervision.tokens if supervision else "all")
-    return DetrDetector(model=build_model(config.model, num_classes=num_classes, seed=seed), criterion=criterion)
+    """Build a detector on the CPU with weights that depend on `seed` alone; it detects as `config.evaluation` says."""
+    model = config.model
+    if not isinstance(model, ModelConfig):
+        raise NotImplementedError(model.kind)
+    criterion = build_criterion(config.loss, encoder_supervision=model.encoder_supervision)
+    return DetrDetector(
+        model=build_model(
+            model,
+            num_classes=num_classes,
+            seed=seed,
+            activation=criterion.classification.activation,
+            encoder_activation=criterion.encoder_classification.activation,
+            activation_checkpointing=config.training.activation_checkpointing,
+        ),
+        criterion=criterion,
+        classes_per_query=config.evaluation.classes_per_query,
+        num_selected=model.queries.num_queries if model.queries.kind == "selected" else None,
+        decoder_steps=config.evaluation.decoder_steps,
+    )

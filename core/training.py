@@ -276,7 +276,7 @@ def _subset_metrics(trainer: Trainer) -> dict[str, Metrics]:
     metrics = {}
     for parameters, detector in trainer.scored().items():
         detector.eval()
-        scored = score(detector, top_k=config.top_k, data=trainer.data, indices=indices, device=trainer.device)
+        scored = score(detector, config, data=trainer.data, indices=indices, device=trainer.device)
         metrics[parameters] = scored[0]
     return metrics
 

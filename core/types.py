@@ -92,6 +92,8 @@ class Memory:
     layers: tuple[Tensor, ...]
 
 
+# How queries get their true boxes: `one_to_one` within each of `repeats` equal groups of queries that stand side by
+# side, `one_to_many` with every box `repeats` times, or `given` by `assignments`.
 Matching = Literal["one_to_one", "one_to_many", "given"]
 
 
@@ -141,6 +143,15 @@ class Prediction:
     repeats: int = 1
     class_agnostic: bool = False
     features: Tensor | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """K: the classes without "no object"."""
+        return self.logits.shape[-1] - (self.activation == "softmax")
+
+    def in_fp32(self) -> "Prediction":
+        """Return it in single precision, which matching, losses and scores need whatever the model computes in."""
+        return replace(self, logits=self.logits.float(), boxes=self.boxes.float())
 
     def probabilities(self) -> Tensor:
         """Return the score of each class, (B, Q, K)."""

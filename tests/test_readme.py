@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.config import flatten, scientific
-from core.metrics import NUMBER_NAMES
+from core.metrics import COCO_NAMES
 from workbench.cli import build_parser
 from workbench.plan import make_plan
 from workbench.study_file import load_study, profile_names
@@ -45,7 +45,7 @@ def test_claim_is_what_the_comments_say(path):
         ("every_layer", "ap", 1.0),
         ("last_layer", "ap", -1.0),
     ]
-    assert len(NUMBER_NAMES) == 12
+    assert len(COCO_NAMES) == 12
     assert (claim.kind, claim.margin, study.looks[0].seeds) == ("superiority", 0.02, 5)
     assert claim.missing == ()
 

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from core.data.pictures import GroundTruth
-from core.metrics import NUMBER_NAMES, Metrics
+from core.metrics import COCO_NAMES, Metrics
 from core.types import Detections
 
 LARGEST_AREA_PX = 1e10
@@ -46,7 +46,7 @@ def coco_metrics(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    numbers = {name: _scored(value) for name, value in zip(NUMBER_NAMES, evaluation.stats, strict=True)}
+    numbers = {name: _scored(value) for name, value in zip(COCO_NAMES, evaluation.stats, strict=True)}
     # (IoU threshold, recall, class) over all areas, with 100 detections a picture; classes in the order of their ids
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     places = {category: place for place, category in enumerate(evaluation.params.catIds)}

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.ops import batched_nms
 
 from core.checkpoint import load_checkpoint
 from core.config import EvaluationConfig, ExperimentConfig
@@ -17,7 +18,6 @@ from core.evaluation.coco_ap import coco_metrics
 from core.metrics import Metrics
 from core.types import Detections, Detector
 
-SCORING_BATCH = 8  # dense attention aside, predictions do not depend on it
 KEPT_PAIRS = 300  # (query, class) pairs a picture that are kept as evidence
 
 
@@ -27,7 +27,7 @@ class Evaluation:
 
     Columns: image_id, layer, query, class, score, x0, y0, x1, y1 (pixels of the original picture), gt_id (id of the
     annotation whose box one-to-one matching gives the query, or -1; crowd boxes are not matched). Best score first
-    within a picture.
+    within a picture, before NMS.
     """
 
     metrics: Metrics
@@ -36,38 +36,51 @@ class Evaluation:
 
 
 def score(
-    detector: Detector, *, top_k: int, data: DataSplits, indices: Sequence[int], device: torch.device
+    detector: Detector, config: EvaluationConfig, *, data: DataSplits, indices: Sequence[int], device: torch.device
 ) -> tuple[Metrics, list[Detections]]:
-    """Score the pictures `indices` of the scored split by their `top_k` best detections; return all that are kept, too.
+    """Score the pictures `indices` of the scored split; return all detections that are kept before NMS, too.
 
     The detector must be in evaluation mode.
     """
     found: list[Detections] = []
-    for batch in scoring_batches(data.scored, indices, batch_size=SCORING_BATCH):
-        found.extend(detector.detect(batch.to(device), top_k=max(top_k, KEPT_PAIRS)))
+    for batch in scoring_batches(data.scored, indices, batch_size=config.batch_size):
+        found.extend(detector.detect(batch.to(device), top_k=max(config.top_k, KEPT_PAIRS)))
+    scored = found if config.nms_iou is None else [without_overlaps(one, iou=config.nms_iou) for one in found]
     metrics = coco_metrics(
-        [detections.best(top_k) for detections in found],
+        [detections.best(config.top_k) for detections in scored],
         data.ground_truth,
         class_names=data.class_names,
         picture_ids=[data.scored.picture_ids[index] for index in indices],
     )
-    return metrics, found
+    return replace(metrics, ar50_proposals=_proposal_recall(found, metrics.num_boxes)), found
+
+
+def without_overlaps(detections: Detections, *, iou: float) -> Detections:
+    """Remove the detections that overlap a better one of their class by more than `iou` (NMS, class by class)."""
+    boxes = detections.boxes_xyxy_px.double()  # torchvision shifts classes apart, which costs digits
+    kept = batched_nms(boxes, detections.scores.double(), detections.labels, iou)
+    return detections.keep(kept.sort().values)
 
 
 def evaluate(
     config: ExperimentConfig, evaluation: EvaluationConfig, *, data: DataSplits, checkpoint: Path, device: torch.device
 ) -> Evaluation:
-    """Score a checkpoint's raw or averaged weights on the whole scored split."""
+    """Score a checkpoint's raw or averaged weights on the whole scored split, as `evaluation` says."""
     began = time.perf_counter()
     torch.set_num_threads(config.training.threads)
     state = load_checkpoint(checkpoint)
-    detector = build_detector(config, num_classes=len(data.class_names), seed=0)
+    asked = config.model_copy(update={"evaluation": evaluation})
+    detector = build_detector(asked, num_classes=len(data.class_names), seed=0)
     averaged = evaluation.parameters == "averaged" and state["averaged"] is not None
     detector.load_state_dict(state["averaged" if averaged else "raw"])
     detector.to(device).eval()
-    indices = range(len(data.scored))
-    metrics, found = score(detector, top_k=evaluation.top_k, data=data, indices=indices, device=device)
+    metrics, found = score(detector, evaluation, data=data, indices=range(len(data.scored)), device=device)
     return Evaluation(metrics=metrics, predictions=_columns(found), seconds=time.perf_counter() - began)
+
+
+def _proposal_recall(found: list[Detections], num_boxes: int) -> float | None:
+    recalled = [detections.recalled for detections in found if detections.recalled is not None]
+    return sum(recalled) / num_boxes if recalled and num_boxes else None
 
 
 def _columns(found: list[Detections]) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from core.config import Shapes
 from core.data.pictures import GroundTruth
 from core.data.splits import open_data
 from core.evaluation.coco_ap import coco_metrics
-from core.metrics import NUMBER_NAMES
+from core.metrics import COCO_NAMES
 from core.seeding import numpy_stream
 from core.types import Detections
 
@@ -124,7 +124,7 @@ def test_the_twelve_numbers_equal_pycocotools(thresholds):
     )
     metrics = score(detections, ground_truth)
     expected = by_hand(ground_truth, detections, thresholds).stats
-    assert [getattr(metrics, name) for name in NUMBER_NAMES] == expected.tolist()
+    assert [getattr(metrics, name) for name in COCO_NAMES] == expected.tolist()
     assert 0.1 < metrics.ap < 0.9
     assert metrics.num_pictures == 12
     assert metrics.num_boxes == sum(not entry["iscrowd"] for entry in ground_truth.coco["annotations"])

@@ -121,8 +121,8 @@ def test_every_trainable_parameter_gets_a_gradient(kind):
             torch.nn.init.normal_(module.weight, std=0.1)
     batch = _batch((64, 96), (96, 64))
     supervision = KINDS[kind].get("encoder_supervision")
-    criterion = build_criterion(LossConfig(), encoder_tokens=supervision.tokens if supervision else "all")
-    sum(term.value for term in criterion(model(batch), batch.targets)).backward()
+    criterion = build_criterion(LossConfig(), encoder_supervision=supervision)
+    sum(term.value for term in criterion(model(batch), batch.targets, batch.counts)).backward()
     unreached = [
         name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
