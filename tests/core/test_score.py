@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from loss_oracle import overlaps
+from torchvision.ops import box_convert
 
 from core.checkpoint import load_checkpoint
 from core.config import (
@@ -24,11 +26,11 @@ from core.data.batching import collate
 from core.data.splits import open_data
 from core.detector import build_detector
 from core.evaluation.coco_ap import coco_metrics
-from core.evaluation.score import evaluate
+from core.evaluation.score import evaluate, score, without_overlaps
 from core.loss.matcher import HungarianMatcher
 from core.metrics import NUMBER_NAMES
 from core.training import Trainer
-from core.types import Target
+from core.types import Detections, Target
 
 CPU = torch.device("cpu")
 NUM_QUERIES, NUM_CLASSES, TOP_K = 10, 6, 10
@@ -41,7 +43,7 @@ CONFIG = ExperimentConfig(
         extra_levels=0,
         encoder=Encoder(num_layers=1, attention=DeformableSelf(num_points=2)),
         decoder=Decoder(num_layers=2, attention=Deformable(num_points=2)),
-        queries=LearnedQueries(num_queries=NUM_QUERIES, reference="box"),
+        queries=LearnedQueries(num_queries=NUM_QUERIES, reference="box", anchor_size=0.3),  # they overlap
     ),
     data=Shapes(side=64, num_train=40, num_val=11),  # the last batch is smaller
     training=TrainingConfig(epochs=10, batch_size=4, lr=2e-3, lr_backbone=2e-3, ema_decay=0.9),
@@ -143,7 +145,9 @@ def test_gt_id_names_the_annotation_that_matching_gives_a_query(data, checkpoint
     detector, batches = by_hand(data, checkpoint, "raw")
     columns = scored(data, checkpoint, "raw").predictions
     costs = CONFIG.loss.matcher
-    match = HungarianMatcher(cost_class=costs.cost_class, cost_l1=costs.cost_l1, cost_giou=costs.cost_giou)
+    match = HungarianMatcher(
+        cost=costs.cost, cost_class=costs.cost_class, cost_l1=costs.cost_l1, cost_giou=costs.cost_giou
+    )
     for batch in batches:
         picture_id = batch.targets[0].picture_id
         truth = [entry for entry in data.ground_truth.coco["annotations"] if entry["image_id"] == picture_id][::-1]
@@ -179,3 +183,90 @@ def test_without_averaging_the_raw_weights_are_scored(data, tmp_path):
     assert raw.metrics == averaged.metrics
     for name, column in raw.predictions.items():
         np.testing.assert_array_equal(column, averaged.predictions[name])
+
+
+def kept_by_hand(found, iou):
+    """Keep each detection that overlaps no kept one of its class by more than `iou`, best first."""
+    kept = []
+    boxes, labels = box_convert(found.boxes_xyxy_px, "xyxy", "cxcywh").tolist(), found.labels.tolist()
+    for place in range(len(boxes)):
+        rivals = [other for other in kept if labels[other] == labels[place]]
+        if all(overlaps(boxes[other], boxes[place])[0] <= iou for other in rivals):
+            kept.append(place)
+    return found.keep(torch.tensor(kept, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("iou", [0.1, 0.2])
+def test_nms_removes_what_overlaps_a_better_box_of_its_class(answerable, checkpoint, iou):
+    """The score is that of greedy suppression by hand, class by class, before top_k; predictions stay before NMS."""
+    data = answerable
+    detector, batches = by_hand(data, checkpoint, "raw")
+    found = [one for batch in batches for one in detector.detect(batch, top_k=300)]
+    expected = coco_metrics(
+        [kept_by_hand(one, iou).best(TOP_K) for one in found],
+        data.ground_truth,
+        class_names=data.class_names,
+        picture_ids=data.scored.picture_ids,
+    )
+    how = EvaluationConfig(parameters="raw", top_k=TOP_K, nms_iou=iou)
+    scored_with = evaluate(CONFIG, how, data=data, checkpoint=checkpoint, device=CPU)
+    without = scored(data, checkpoint, "raw")
+    assert scored_with.metrics.numbers() == pytest.approx(expected.numbers(), abs=1e-6)
+    assert scored_with.metrics != without.metrics
+    for name, column in without.predictions.items():
+        np.testing.assert_array_equal(scored_with.predictions[name], column)
+
+
+class Recorded:
+    """Somebody's detector: it finds two boxes of each class and their twins, and notes how many pictures it saw."""
+
+    def __init__(self, recalled):
+        self.recalled = recalled
+        self.sizes = []
+
+    def detect(self, batch, *, top_k):
+        """Return the same boxes for every picture."""
+        self.sizes.append((len(batch.targets), top_k))
+        boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 4], [0, 0, 10, 9]])
+        return tuple(
+            Detections(
+                picture_id=target.picture_id,
+                scores=torch.tensor([0.9, 0.8, 0.7, 0.6]),
+                labels=torch.tensor([0, 0, 0, 1]),
+                boxes_xyxy_px=boxes,
+                queries=torch.arange(4),
+                gt_ids=torch.full((4,), -1),
+                layer=0,
+                recalled=None if self.recalled is None else min(self.recalled, len(target.labels)),
+            )
+            for target in batch.targets
+        )
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 11), (4, [4, 4, 3])])
+def test_pictures_are_scored_in_batches_of_the_evaluations_size(data, batch_size, sizes):
+    """`evaluation.batch_size` pictures go through any detector together, which is asked for what is kept."""
+    detector = Recorded(None)
+    how = EvaluationConfig(batch_size=batch_size, top_k=2)
+    metrics, found = score(detector, how, data=data, indices=range(11), device=CPU)
+    assert detector.sizes == [(size, 300) for size in sizes]
+    assert {len(one.scores) for one in found} == {4}
+    assert metrics.ar50_proposals is None
+
+
+def test_nms_keeps_order_and_other_classes():
+    """An overlap of .9 goes, one of .4 stays, and a box of another class is no rival; the first ones stay first."""
+    (found,) = Recorded(None).detect(collate([open_data(CONFIG.data, root=None, cache=None).scored.read(0)]), top_k=9)
+    assert without_overlaps(found, iou=0.5).queries.tolist() == [0, 2, 3]
+    assert without_overlaps(found, iou=0.95).queries.tolist() == [0, 1, 2, 3]
+    nothing = found.best(0)
+    assert len(without_overlaps(nothing, iou=0.5).scores) == 0
+
+
+def test_recall_of_proposals_is_over_all_true_boxes(data):
+    """The pictures' counts are added up and divided by the true boxes; where nothing is selected it is None."""
+    counts = [len(data.scored.read(index).labels) for index in range(11)]
+    metrics, _ = score(Recorded(2), EvaluationConfig(), data=data, indices=range(11), device=CPU)
+    assert metrics.ar50_proposals == pytest.approx(sum(min(2, count) for count in counts) / sum(counts))
+    assert "ar50_proposals" in metrics.numbers()
+    assert 0 < metrics.ar50_proposals < 1
