@@ -31,6 +31,7 @@ class HungarianMatcher:
 
         Raises:
             FloatingPointError: if a cost is not finite, which means that the model's outputs are not.
+            ValueError: if the matching is given, but no assignments are.
         """
         if prediction.matching == "given":
             if prediction.assignments is None:
