@@ -542,7 +542,10 @@ class Matcher(Part):
 
 
 class LossConfig(Part):
-    """DETR's set loss: weights of its terms. Each is normalised by the number of boxes."""
+    """DETR's set loss: weights of its terms, which are divided by the boxes of the step.
+
+    Cross-entropy is a weighted mean over its queries instead.
+    """
 
     classification: Classification = Focal()
     matcher: Matcher = Matcher()

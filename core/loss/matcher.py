@@ -31,6 +31,7 @@ class HungarianMatcher:
 
         Raises:
             FloatingPointError: if a cost is not finite, which means that the model's outputs are not.
+            ValueError: if the matching is given, but no assignments are.
         """
         if prediction.matching == "given":
             if prediction.assignments is None:
@@ -80,7 +81,7 @@ class HungarianMatcher:
 def solve(cost: np.ndarray, matching: Matching, repeats: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the queries and boxes of least total cost (Q, N), by query within a group.
 
-    `one_to_many`: every box is there `repeats` times (H-DETR, arXiv:2207.13080, section 3.2). `one_to_one`: each of
+    `one_to_many`: every box is there `repeats` times (H-DETR, arXiv:2207.13080). `one_to_one`: each of
     `repeats` equal groups of queries side by side is matched on its own.
     """
     if matching == "one_to_many":

@@ -270,3 +270,16 @@ def test_recall_of_proposals_is_over_all_true_boxes(data):
     assert metrics.ar50_proposals == pytest.approx(sum(min(2, count) for count in counts) / sum(counts))
     assert "ar50_proposals" in metrics.numbers()
     assert 0 < metrics.ar50_proposals < 1
+
+
+def test_how_queries_become_detections_is_the_evaluations(data, checkpoint):
+    """Scored with one class a query, a checkpoint of a config that says all keeps one row a query, its best class."""
+    how = EvaluationConfig(parameters="raw", classes_per_query="one")
+    columns = evaluate(CONFIG, how, data=data, checkpoint=checkpoint, device=CPU).predictions
+    detector, batches = by_hand(data, checkpoint, "raw")
+    for batch in batches:
+        rows = columns["image_id"] == batch.targets[0].picture_id
+        queries = columns["query"][rows]
+        assert sorted(queries) == list(range(NUM_QUERIES))
+        expected = detector.predict(batch).logits[0].argmax(-1).numpy()
+        np.testing.assert_array_equal(columns["class"][rows], expected[queries])
