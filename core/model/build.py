@@ -6,7 +6,7 @@ from torch import nn
 
 from core import config as c
 from core.model.attention import DeformableAttention, SelfAttention
-from core.model.backbone import Backbone, ResNet, SmallResNet, Timm
+from core.model.backbones.build import build_backbone
 from core.model.decoder import Decoder, DecoderLayer
 from core.model.detr import DETR
 from core.model.encoder import Encoder, EncoderLayer
@@ -22,7 +22,7 @@ from core.seeding import seeded
 def build_model(config: c.ModelConfig, *, num_classes: int, seed: int) -> DETR:
     """Build the model on the CPU with weights from `seed`, then load pretrained ones where the config names them."""
     with seeded(seed, "construction"):  # what constructors draw is replaced below
-        backbone = _backbone(config)
+        backbone = build_backbone(config.backbone, strides=config.strides)
         model = DETR(
             backbone=backbone,
             neck=Neck(channels=backbone.channels, dim=config.hidden_dim, num_levels=config.num_levels),
@@ -35,30 +35,6 @@ def build_model(config: c.ModelConfig, *, num_classes: int, seed: int) -> DETR:
     initialise(model, seed=seed)
     backbone.load_pretrained()
     return model
-
-
-def _backbone(config: c.ModelConfig) -> Backbone:
-    match config.backbone:
-        case c.SmallResNet(width=width):
-            return SmallResNet(width=width, strides=config.strides)
-        case c.ResNet() as part:
-            return ResNet(
-                depth=part.depth,
-                frozen_batch_norm=part.frozen_batch_norm,
-                frozen_stages=part.frozen_stages,
-                weights=part.weights,
-                strides=config.strides,
-            )
-        case c.Timm() as part:
-            return Timm(
-                name=part.name,
-                frozen_batch_norm=part.frozen_batch_norm,
-                frozen_stages=part.frozen_stages,
-                weights=part.weights,
-                strides=config.strides,
-            )
-        case other:
-            raise NotImplementedError(other.kind)
 
 
 def _encoder(config: c.ModelConfig) -> Encoder:
