@@ -116,9 +116,11 @@ Backbone = Annotated[SmallResNet | ResNet | SwinV2 | Timm | Custom, Field(discri
 Strides = Annotated[tuple[Literal[4, 8, 16, 32], ...], Field(strict=False, min_length=1)]
 
 
-def _stride_problems(strides: tuple[int, ...]) -> Iterator[str]:
+def _stride_problems(strides: tuple[int, ...], backbone: Part) -> Iterator[str]:
     if list(strides) != sorted(set(strides)):
         yield f"strides {list(strides)} must rise without repetition: finest level first"
+    if getattr(backbone, "dilation", False) and 32 not in strides:
+        yield f"dilation changes the stage of stride 32 alone: add 32 to strides {list(strides)} or set it to false"
 
 
 # The transformer
@@ -417,7 +419,7 @@ class ModelConfig(Part):
         )
 
     def _problems(self) -> Iterator[str]:
-        yield from _stride_problems(self.strides)
+        yield from _stride_problems(self.strides, self.backbone)
         if self.hidden_dim % self.num_heads:
             yield f"hidden_dim {self.hidden_dim} is not divisible by num_heads {self.num_heads}: choose a multiple"
         if self.hidden_dim % 8:
@@ -517,7 +519,7 @@ class FasterRCNN(Part):
     proposals: PositiveInt = Field(default=1000, description="boxes of the first stage that the second one looks at")
 
     def _problems(self) -> Iterator[str]:
-        yield from _stride_problems(self.strides)
+        yield from _stride_problems(self.strides, self.backbone)
 
 
 Model = Annotated[ModelConfig | FasterRCNN | Custom, Field(discriminator="kind")]

@@ -16,7 +16,7 @@ from core.model.attention import (
     SelfAttention,
     WindowAttention,
 )
-from core.model.backbone import Backbone, ResNet, SmallResNet, Timm
+from core.model.backbones.build import build_backbone
 from core.model.decoder import Decoder, DecoderLayer
 from core.model.denoising import ContrastiveDenoising, Denoising, MatchedExtra
 from core.model.detr import DETR, ClassHeads
@@ -63,7 +63,7 @@ def build_model(
         activation_checkpointing: compute layers again in the backward pass instead of keeping what is in them.
     """
     with seeded(seed, "construction"):  # what constructors draw is replaced below
-        backbone = build_backbone(config.backbone, config.strides)
+        backbone = build_backbone(config.backbone, strides=config.strides)
         decoding = config.decoder.num_layers > 0
         model = DETR(
             backbone=backbone,
@@ -83,33 +83,6 @@ def build_model(
     initialise(model, seed=seed)
     backbone.load_pretrained()
     return model
-
-
-def build_backbone(config: c.Backbone, strides: tuple[int, ...]) -> Backbone:
-    """Build a backbone that gives maps of the strides; its pretrained weights are loaded by its own method."""
-    match config:
-        case c.SmallResNet(width=width):
-            return SmallResNet(width=width, strides=strides)
-        case c.ResNet() as part:
-            return ResNet(
-                depth=part.depth,
-                frozen_batch_norm=part.frozen_batch_norm,
-                frozen_stages=part.frozen_stages,
-                weights=part.weights,
-                strides=strides,
-            )
-        case c.Timm() as part:
-            return Timm(
-                name=part.name,
-                frozen_batch_norm=part.frozen_batch_norm,
-                frozen_stages=part.frozen_stages,
-                weights=part.weights,
-                strides=strides,
-            )
-        case c.Custom() as part:
-            return build_custom(part, strides=strides)
-        case other:
-            raise NotImplementedError(other.kind)
 
 
 def _encoder(config: c.ModelConfig, *, checkpointing: bool) -> Encoder:

@@ -1,0 +1,1 @@
+"""The backbones by name; what they share is in `core.model.backbone`."""
