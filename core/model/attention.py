@@ -68,6 +68,11 @@ class WindowAttention(nn.Module):
         self.num_heads, self.radius = num_heads, radius
         self.query_proj, self.key_proj, self.value_proj, self.output_proj = (Linear(dim, dim) for _ in range(4))
 
+    def reset_parameters(self) -> None:
+        """Start every bias as zero."""
+        for projection in (self.query_proj, self.key_proj, self.value_proj, self.output_proj):
+            nn.init.zeros_(projection.bias)
+
     def forward(self, content: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
         """Attend; the queries are the memory's own tokens in their order."""
         projected = (
