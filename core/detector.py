@@ -3,11 +3,13 @@
 import torch
 from torch import Generator, nn
 
-from core.config import ExperimentConfig, ModelConfig
+from core.config import Custom, ExperimentConfig, ModelConfig
+from core.custom import build_custom
 from core.evaluation.postprocess import to_detections
 from core.loss.criterion import SetCriterion, build_criterion
 from core.model.build import build_model
 from core.model.detr import DETR
+from core.seeding import seeded
 from core.types import Batch, Detections, LossTerm, Prediction
 
 
@@ -37,6 +39,9 @@ class DetrDetector(nn.Module):
 
 def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:
     """Build a detector on the CPU with weights that depend on `seed` alone."""
+    if isinstance(config.model, Custom):
+        with seeded(seed, "construction"):
+            return build_custom(config.model, num_classes=num_classes, seed=seed)
     if not isinstance(config.model, ModelConfig):
         raise NotImplementedError(config.model.kind)
     supervision = config.model.encoder_supervision

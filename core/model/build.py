@@ -1,10 +1,12 @@
 """The composition root: the only place where a toggle's value picks a class. Parts never see a config."""
 
+from functools import partial
 from typing import Literal
 
 from torch import nn
 
 from core import config as c
+from core.custom import build_custom
 from core.model.attention import DeformableAttention, SelfAttention
 from core.model.backbone import Backbone, ResNet, SmallResNet, Timm
 from core.model.decoder import Decoder, DecoderLayer
@@ -123,7 +125,8 @@ def _decoder(config: c.ModelConfig) -> Decoder:
         )
         for _ in range(config.decoder.num_layers)
     ]
-    box_head = BoxHead(
+    build_head = BoxHead if isinstance(config.box_head, c.MLPBoxHead) else partial(build_custom, config.box_head)
+    box_head = build_head(
         dim=config.hidden_dim,
         num_heads=_num_heads(config),
         residual_base=config.refinement.residual_base,

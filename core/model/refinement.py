@@ -59,21 +59,20 @@ class BoxHead(nn.Module):
             if self.predicts_size == "everywhere" or (self.predicts_size == "first" and index == 0):
                 nn.init.constant_(mlp.get_parameter("last.bias")[2:], -2.0)
 
+    def apply_to(self, delta: Tensor, reference: Tensor) -> Tensor:
+        """Add `delta` (B, Q, 4) to the logits of a point or box; a point leaves the size to `delta` alone."""
+        logits = inverse_sigmoid(reference)
+        if reference.shape[-1] == 2:
+            logits = torch.cat([logits, torch.zeros_like(logits)], dim=-1)
+        return (delta + logits).sigmoid()
+
     def forward(self, layer: int, hidden: Tensor, step: RefinementStep, initial: Tensor) -> RefinementStep:
         """Predict the boxes of `layer` (0 is the first) from `hidden` (B, Q, C); `initial` is r0."""
         delta = self.mlps[layer % len(self.mlps)](hidden)
-        boxes = _apply(delta, step.reference)
+        boxes = self.apply_to(delta, step.reference)
         carried = {"initial": initial, "detached": boxes.detach(), "kept": boxes}
         if self.residual_base == "look_forward_twice":
-            reference = _apply(delta, step.reference if layer == 0 else step.reference.detach())
+            reference = self.apply_to(delta, step.reference if layer == 0 else step.reference.detach())
         else:
             reference = carried[self.residual_base]
         return RefinementStep(boxes, reference, carried[self.sampling_reference])
-
-
-def _apply(delta: Tensor, reference: Tensor) -> Tensor:
-    """Add `delta` (B, Q, 4) to the logits of a point or box; a point leaves the size to `delta` alone."""
-    logits = inverse_sigmoid(reference)
-    if reference.shape[-1] == 2:
-        logits = torch.cat([logits, torch.zeros_like(logits)], dim=-1)
-    return (delta + logits).sigmoid()
