@@ -6,11 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Generator, nn
 
-from core.config import ExperimentConfig, ModelConfig
+from core.config import Custom, ExperimentConfig, ModelConfig
+from core.custom import build_custom
 from core.evaluation.postprocess import detecting, recalled, to_detections
 from core.loss.criterion import SetCriterion, build_criterion
 from core.model.build import build_model
 from core.model.detr import DETR
+from core.seeding import seeded
 from core.types import Batch, Detections, LossTerm, Prediction
 
 
@@ -68,6 +70,9 @@ class DetrDetector(nn.Module):
 def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:
     """Build a detector on the CPU with weights that depend on `seed` alone; it detects as `config.evaluation` says."""
     model = config.model
+    if isinstance(model, Custom):
+        with seeded(seed, "construction"):
+            return build_custom(model, num_classes=num_classes, seed=seed)
     if not isinstance(model, ModelConfig):
         raise NotImplementedError(model.kind)
     criterion = build_criterion(config.loss, encoder_supervision=model.encoder_supervision)

@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--until-decided", action="store_true", help="go on look by look while a claim is undecided")
     run.add_argument("--executor", choices=("ray", "inline"), default="ray", help="inline: in this process, no Ray")
     run.add_argument("--address", metavar="ADDR", help="of a running Ray cluster")
+    run.add_argument("--allow-code", action="store_true", help="run the code that the study's custom parts name")
 
     plan = _command(commands, "plan", _plan, "trials, differences, reachable effects and time", [selection, runs])
     plan.add_argument("--explain", action="store_true", help="also each key's value and where it was set")
@@ -140,11 +141,11 @@ def _selected(options: argparse.Namespace) -> "Selection":
     )
 
 
-def _planned(options: argparse.Namespace) -> "Plan":
+def _planned(options: argparse.Namespace, *, pictures_needed: bool = False) -> "Plan":
     from workbench.plan import make_plan
     from workbench.study_file import load_study
 
-    return make_plan(load_study(options.study, _selected(options)))
+    return make_plan(load_study(options.study, _selected(options)), pictures_needed=pictures_needed)
 
 
 def _results(options: argparse.Namespace) -> "StudyResults":
@@ -162,7 +163,7 @@ def _warn_of_unreadable(problems: Iterable[str]) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    plan = _planned(options)
+    plan = _planned(options, pictures_needed=True)
 
     from workbench.runner import run_study
     from workbench.store import Store
@@ -175,6 +176,7 @@ def _run(options: argparse.Namespace) -> int:
         budget_seconds=plan.study.budget_seconds,
         tracking_uri=plan.study.tracking_uri,
         address=options.address,
+        allow_code=options.allow_code,
         out=sys.stdout,
         err=sys.stderr,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from workbench import provenance
 from workbench.records import StudyResults, Verdict
+from workbench.user_code import FLAG
 
 DEFAULT_RUNS = "runs"
 
@@ -28,7 +29,8 @@ def command(results: StudyResults, *options: str, verb: str = "run", selection: 
         for word in (option, value)
     ]
     path = _from_here(study.path)
-    return shlex.join(["python", "-m", "workbench", verb, path, *chosen, *_runs(results.runs), *options])
+    code = [FLAG] if verb == "run" and any(spec.code for spec in results.plan.specs.values()) else []
+    return shlex.join(["python", "-m", "workbench", verb, path, *chosen, *_runs(results.runs), *code, *options])
 
 
 def next_run(results: StudyResults) -> tuple[str, str] | None:

@@ -71,6 +71,7 @@ class Job:
     stop: StopRequest
     resources: "Resources"
     address: str | None = None  # of a Ray cluster; None: this machine
+    allow_code: bool = False  # whether the code of custom parts may run
     driver: Process = field(default_factory=Process.current)
 
 
@@ -113,4 +114,11 @@ def run_inline(job: Job) -> None:
     for spec in job.specs:
         if job.stop.requested():
             return
-        execute(spec, job.runs, should_stop=job.stop.requested, device=job.resources.device, driver=job.driver)
+        execute(
+            spec,
+            job.runs,
+            should_stop=job.stop.requested,
+            device=job.resources.device,
+            driver=job.driver,
+            allow_code=job.allow_code,
+        )

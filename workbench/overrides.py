@@ -4,6 +4,9 @@ A key is dotted or nested. A mapping with a `kind` replaces the whole part; othe
 key `part.kind` switches a part to another kind and keeps what lower layers set of the keys that both kinds have.
 Later layers win. Everything set is kept with its place, so that an error found in the resolved configuration is told
 where it was written.
+
+A layer that `scales` (a profile) sets what it finds: a key that the part's kind does not have waits for a later layer
+to choose a kind that has it, and is dropped when none does.
 """
 
 import re
@@ -20,6 +23,8 @@ from workbench.problems import DEFAULT, Place, Problems, in_words
 from workbench.yaml12 import Document
 
 KEYS = frozenset(dotted_keys())
+_OF_OTHER_LAYERS = ("extra_forbidden", "value_error", "union_tag_not_found")
+"""Errors that a layer alone cannot be blamed for: another one may choose the kind, or the value that a rule needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,7 @@ class Layer:
     label: str
     place: Place
     assignments: tuple[Assignment, ...] = ()
+    scales: bool = False
 
     def asked(self) -> dict[str, Any]:
         """Return the keys that this layer sets, as plain values."""
@@ -133,10 +139,55 @@ def _defaults(part: Part, prefix: str) -> Settings:
 def apply(layers: Iterable[Layer]) -> Settings:
     """Lay the layers over the defaults; the result holds every key of the kinds that were chosen."""
     settings = _defaults(ExperimentConfig(), "")
+    waiting: list[tuple[Assignment, str]] = []
     for layer in layers:
+        replaced: list[str] = []  # parts whose kind the layer itself chooses: there it must know the keys
         for item in layer.assignments:
+            chosen = any(item.key.startswith(f"{part}.") for part in replaced)
+            if layer.scales and not chosen and not _fits(item.key, settings):
+                waiting.append((item, layer.label))
+                continue
+            replaced += [item.key] if item.replaces else []
+            if item.replaces:  # the part starts anew: nothing that lower layers set is left
+                waiting = [(other, label) for other, label in waiting if not clashes(other.key, item.key)]
             _assign(settings, item, layer.label)
+            waiting = _wake(settings, waiting)
     return settings
+
+
+def _fits(key: str, settings: Settings) -> bool:
+    """Tell whether the parts around a key are there and of kinds that have it."""
+    parts: list[type[Part]] = [ExperimentConfig]
+    around = ""
+    for name in key.split("."):
+        if around and not any(setting.startswith(around) for setting in settings):
+            here = settings.get(around.removesuffix("."))
+            if here is None or here.value != {}:
+                return False  # the part is null
+        if len(parts) > 1:
+            kind = settings.get(f"{around}kind")
+            parts = [part for part in parts if kind and part.model_fields["kind"].default == kind.value]
+        if not parts or name not in parts[0].model_fields:
+            return False
+        parts = members(parts[0].model_fields[name].annotation)
+        around += f"{name}."
+    return True
+
+
+def _wake(settings: Settings, waiting: list[tuple[Assignment, str]]) -> list[tuple[Assignment, str]]:
+    """Set what has waited for its part and finds it now, unless a later layer has set it; return what still waits."""
+    still: list[tuple[Assignment, str]] = []
+    for item, label in waiting:
+        later = any(
+            setting.place != DEFAULT and setting.label != label
+            for key, setting in settings.items()
+            if f"{key}.".startswith(f"{item.key}.")
+        )
+        if _fits(item.key, settings) and not later:
+            _assign(settings, item, label)
+        else:
+            still.append((item, label))
+    return still
 
 
 def _assign(settings: Settings, item: Assignment, label: str) -> None:
@@ -160,15 +211,23 @@ def _switch(settings: Settings, part_key: str, kind: object) -> None:
     if part is None:
         return  # a misspelt kind is told by `resolve`
     prefix = f"{part_key}."
+    kept = tuple(  # inner parts whose kind a layer chose: they have the keys that they need
+        key.removesuffix("kind")
+        for key, setting in settings.items()
+        if key.startswith(prefix) and key.endswith(".kind") and key != f"{prefix}kind" and setting.place != DEFAULT
+    )
     stale = [
         key
         for key, setting in settings.items()
         if key.startswith(prefix)
-        and (setting.place == DEFAULT or key.removeprefix(prefix).split(".")[0] not in part.model_fields)
+        and (
+            (setting.place == DEFAULT and not key.startswith(kept))
+            or key.removeprefix(prefix).split(".")[0] not in part.model_fields
+        )
     ]
     _drop(settings, stale)
     for key, setting in _defaults(part(), prefix).items():
-        if not any(end in settings for end in _ends(key)):
+        if not key.startswith(kept) and not any(end in settings for end in _ends(key)):
             settings[key] = setting
 
 
@@ -262,7 +321,7 @@ def without_wrong_values(layer: Layer, problems: Problems) -> Layer:
     settings = apply([layer])
     wrong: list[str] = []
     for detail in _errors(settings):
-        if detail["type"] not in ("extra_forbidden", "value_error"):  # these depend on the other layers
+        if detail["type"] not in _OF_OTHER_LAYERS:
             key = _key_of(detail, settings)
             problems.add(_place_of(key, settings, [layer]), key, in_words(detail))
             wrong.append(key)

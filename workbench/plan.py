@@ -1,13 +1,13 @@
 """From a study to the trials that it needs, each with an identity of its own. Loads without torch.
 
 A trial's id is a hash of what it computes: the scientific fields of model, loss, data and training, the seed, the
-pictures, the pretrained weights by their content, and `core.numerics.VERSION`. So the same trial is computed once,
-whatever study, variant or profile asks for it. Its evaluations have ids of their own and reuse its checkpoint.
+pictures, the pretrained weights by their content, the text of custom parts, and `core.numerics.VERSION`. So the same
+trial is computed once, whatever study, variant or profile asks for it. Its evaluations have ids of their own and reuse
+its checkpoint.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -17,27 +17,32 @@ from pydantic import ValidationError
 
 from core import numerics
 from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, pretrained_backbone, scientific
-from core.data.fingerprint import DataProblem, check_folder, fingerprint
+from core.data.fingerprint import DataProblem, fingerprint, inspect_folder
+from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
-from workbench.study import FEWEST_SEEDS, Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
+from workbench.study import Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
+from workbench.user_code import sources
 
 FORMAT = 1
 TRIAL_ID_DIGITS, EVAL_ID_DIGITS, PLAN_HASH_DIGITS = 16, 12, 12
 
 
-def make_plan(study: Study) -> Plan:
+def make_plan(study: Study, *, pictures_needed: bool = False) -> Plan:
     """Return the trials of all looks, seed by seed with the baseline first.
 
+    A folder that has annotations and no pictures can be planned with, and the plan warns, unless they are needed.
+
     Raises:
-        DataError: the pictures or the pretrained weights that a variant names cannot be used.
+        DataError: the data or the pretrained weights that a variant names cannot be used.
     """
-    check_data(study)
+    missing_pictures = check_data(study, pictures_needed=pictures_needed)
     fingerprints = {variant.name: _fingerprint(variant.config) for variant in study.variants}
+    code = {variant.name: sources(variant.config, beside=study.path.parent) for variant in study.variants}
     trials: list[PlannedTrial] = []
     specs: dict[str, TrialSpec] = {}
     for seed in study.seeds:
         for variant in study.variants:
-            spec, evaluations = _spec(variant.config, seed, fingerprints[variant.name])
+            spec, evaluations = _spec(variant.config, seed, fingerprints[variant.name], code[variant.name])
             if earlier := specs.get(spec.trial_id):  # variants that differ in their evaluation only share their trials
                 spec.evaluations.update(earlier.evaluations)
             specs[spec.trial_id] = spec
@@ -52,20 +57,23 @@ def make_plan(study: Study) -> Plan:
         "trials": [(trial.variant, trial.trial_id, trial.evaluations) for trial in trials],
     }
     plan_hash = _hash(identity, PLAN_HASH_DIGITS)
-    return Plan(study=study, plan_hash=plan_hash, trials=tuple(trials), specs=specs, warnings=tuple(_warnings(study)))
+    warnings = (*missing_pictures, *cautions(study))
+    return Plan(study=study, plan_hash=plan_hash, trials=tuple(trials), specs=specs, warnings=warnings)
 
 
-def check_data(study: Study) -> None:
-    """Say everything that makes the pictures of the study unusable.
+def check_data(study: Study, *, pictures_needed: bool = True) -> list[str]:
+    """Say everything that makes the data of the study unusable; return warnings of pictures that are missing.
 
     Raises:
         DataError: with one line for each problem.
     """
-    problems: dict[str, None] = {}  # an ordered set
-    for variant in study.variants:
-        problems |= dict.fromkeys(check_folder(variant.config.data, _root(variant.config)))
+    folders = {(variant.config.data, _root(variant.config)): None for variant in study.variants}
+    checks = [inspect_folder(data, root) for data, root in folders]
+    missing = [line for check in checks for line in check.missing_pictures]
+    problems = [line for check in checks for line in check.problems] + (missing if pictures_needed else [])
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataError("\n".join(dict.fromkeys(problems)))
+    return [f"{line} (run needs them; the trials then have other ids)" for line in dict.fromkeys(missing)]
 
 
 def _root(config: ExperimentConfig) -> Path | None:
@@ -80,7 +88,9 @@ def _fingerprint(config: ExperimentConfig) -> str:
         raise DataError(str(problem)) from problem
 
 
-def _spec(config: ExperimentConfig, seed: int, pictures: str) -> tuple[TrialSpec, dict[Parameters, str]]:
+def _spec(
+    config: ExperimentConfig, seed: int, pictures: str, code: dict[str, str]
+) -> tuple[TrialSpec, dict[Parameters, str]]:
     """Return a trial, and the ids of its evaluations by parameters."""
     computed = scientific(config)
     del computed["evaluation"]
@@ -88,6 +98,7 @@ def _spec(config: ExperimentConfig, seed: int, pictures: str) -> tuple[TrialSpec
     if weights:
         computed["model"]["backbone"]["weights"] = _content(weights)
     identity = {"config": computed, "seed": seed, "pictures": pictures, "numerics": numerics.VERSION}
+    identity |= {"code": code} if code else {}
     root = _root(config)
     evaluations: dict[Parameters, EvaluationConfig] = {
         "raw": config.evaluation.model_copy(update={"parameters": "raw"})
@@ -102,6 +113,7 @@ def _spec(config: ExperimentConfig, seed: int, pictures: str) -> tuple[TrialSpec
         data_root="" if root is None else str(root),
         data_fingerprint=pictures,
         evaluations={ids[name]: evaluation for name, evaluation in evaluations.items()},
+        code=code,
     )
     return spec, {"raw": ids["raw"], "averaged": ids.get("averaged", ids["raw"])}
 
@@ -163,34 +175,6 @@ def _with_absolute_weights(config: ExperimentConfig, weights: Path | None) -> Ex
     return config.model_copy(update={"model": model})
 
 
-# Warnings
-
-
-def _warnings(study: Study) -> Iterator[str]:
-    last = study.looks[-1].seeds
-    if not study.gives_verdicts:
-        yield f"profile {study.profile} tests the plumbing: it never gives a verdict"
-    elif last < FEWEST_SEEDS:
-        yield f"{last} seeds cannot reach a verdict: {FEWEST_SEEDS} or more are needed (--seeds {FEWEST_SEEDS})"
-    for claim in study.claims:
-        if claim.missing:
-            names = ", ".join(claim.missing)
-            yield f"claim {claim.id} stays undecided: {names} not selected (--variants all runs every variant)"
-    random = [variant.name for variant in study.variants if _is_random_and_frozen(variant.config)]
-    if random:
-        yield (
-            f"the backbone of {', '.join(random)} is random and partly frozen: set model.backbone.weights, "
-            "or frozen_stages 0 and frozen_batch_norm false"
-        )
-
-
-def _is_random_and_frozen(config: ExperimentConfig) -> bool:
-    backbone = pretrained_backbone(config)
-    if backbone is None or backbone.weights is not None:
-        return False
-    return backbone.frozen_stages > 0 or getattr(backbone, "frozen_batch_norm", False)
-
-
 # plan.json
 
 
@@ -218,6 +202,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "data_root": spec.data_root,
             "data_fingerprint": spec.data_fingerprint,
             "evaluations": {eval_id: item.model_dump(mode="json") for eval_id, item in spec.evaluations.items()},
+            **({"code": spec.code} if spec.code else {}),
         }
         for trial_id, spec in plan.specs.items()
     }

@@ -94,6 +94,7 @@ def _fit(job: Job, folder: Path) -> None:
         stop_file=job.stop.path,
         device=job.resources.device,
         driver=job.driver,
+        allow_code=job.allow_code,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, _per_trial(job)),
@@ -125,9 +126,10 @@ def _run_trial(  # in a worker process
     stop_file: Path,
     device: str,
     driver: Process,
+    allow_code: bool,
 ) -> None:
     spec = specs[config["trial_id"]]
-    outcome = execute(spec, runs, should_stop=stop_file.exists, device=device, driver=driver)
+    outcome = execute(spec, runs, should_stop=stop_file.exists, device=device, driver=driver, allow_code=allow_code)
     tune.report({"outcome": outcome})
 
 

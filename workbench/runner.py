@@ -23,6 +23,7 @@ from workbench.records import StudyRef, StudyResults
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 from workbench.trial import complete, write_error
+from workbench.user_code import refuse_code
 from workbench.verdict import judge
 
 Executor = Literal["ray", "inline"]
@@ -39,6 +40,7 @@ def run_study(  # noqa: PLR0913 - the options of the command
     budget_seconds: float | None = None,
     tracking_uri: str | None = None,
     address: str | None = None,
+    allow_code: bool = False,
     out: TextIO,
     err: TextIO,
 ) -> int:
@@ -52,6 +54,7 @@ def run_study(  # noqa: PLR0913 - the options of the command
         budget_seconds: wall time of this call within which a further look must fit; the study's own by default.
         tracking_uri: MLflow's; the study's own, or the embedded database, by default.
         address: of a Ray cluster; this machine by default.
+        allow_code: run the code of custom parts; without it a study that has some is refused.
         out: takes the results.
         err: takes progress and warnings.
 
@@ -59,6 +62,8 @@ def run_study(  # noqa: PLR0913 - the options of the command
         BusyError: another driver runs this plan.
         WorkbenchError: nothing could be started.
     """
+    if not allow_code:
+        refuse_code(plan)
     try:
         source = plan.study.path.read_text(encoding="utf-8")
     except OSError as error:
@@ -66,7 +71,7 @@ def run_study(  # noqa: PLR0913 - the options of the command
     ref = store.register(plan, source=source)
     with store.lock(ref), _kept(err) as screen:
         mirror = Mirror(store, ref, plan, tracking_uri=tracking_uri or plan.study.tracking_uri, warn=_line_to(screen))
-        run = _Run(plan, store, ref, mirror, executor=executor, address=address, err=screen)
+        run = _Run(plan, store, ref, mirror, executor=executor, address=address, allow_code=allow_code, err=screen)
         with run.stop.listening():
             code = run.looks(until_decided=until_decided, budget_seconds=budget_seconds or plan.study.budget_seconds)
             if run.stop.signal is None:
@@ -88,10 +93,11 @@ class _Run:
         *,
         executor: Executor,
         address: str | None,
+        allow_code: bool,
         err: TextIO,
     ) -> None:
         self.plan, self.store, self.ref, self.mirror = plan, store, ref, mirror
-        self.executor, self.address, self.err = executor, address, err
+        self.executor, self.address, self.allow_code, self.err = executor, address, allow_code, err
         self.say = _line_to(err)
         self.began = time.monotonic()
         self.tried: set[str] = set()
@@ -167,6 +173,7 @@ class _Run:
             stop=self.stop,
             resources=self.resources,
             address=self.address,
+            allow_code=self.allow_code,
         )
         if self.executor == "inline":
             run_inline(job)

@@ -4,7 +4,7 @@ Plain values, resolved and validated: `study_file` makes a `Study`, `plan` makes
 Metric values are fractions everywhere (AP .02, not 2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +93,7 @@ class TrialSpec:
     data_root: str  # absolute, or "" for drawn data; operational
     data_fingerprint: str
     evaluations: dict[str, EvaluationConfig]  # eval_id -> how to score
+    code: dict[str, str] = field(default_factory=dict[str, str])  # module -> text, of custom parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,14 @@
 """Read a study file with its profile and the command line's choices into a `Study`, or say everything that is wrong.
 
-Precedence, lowest first: the defaults of `ExperimentConfig`, the study's `set`, the profile's `set`
-(`profiles/NAME.yaml`, then the study's own `profiles.NAME`), the variant's `set`, `--set`.
+Precedence, lowest first: the study's recipe (by default the defaults of `ExperimentConfig`), its `set`, the profile's
+`set` (`profiles/NAME.yaml`, then the study's own `profiles.NAME`), the variant's `set`, `--set`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from core.config import ExperimentConfig
 from core.metrics import NUMBER_NAMES
 from workbench import yaml12
 from workbench.claims import ClaimReader
@@ -23,9 +24,11 @@ from workbench.overrides import (
     resolve,
     without_wrong_values,
 )
-from workbench.problems import Place, Problems, as_key, did_you_mean
+from workbench.problems import DEFAULT, Place, Problems, as_key, did_you_mean
+from workbench.recipes import recipe_layer
 from workbench.study import Claim, Look, Study, Variant
 from workbench.study_schema import ProfilePart, StudyPart, read_part, seconds_of
+from workbench.user_code import custom_parts, problem_with
 from workbench.yaml12 import Document, Path_
 
 SHIPPED_PROFILES = Path(__file__).resolve().parent.parent / "studies" / "profiles"
@@ -114,6 +117,9 @@ class _Loader:
     def load(self) -> Study | None:
         """Return the study, or None where anything is wrong."""
         profile, profile_document = self._profile()
+        if ("recipe",) in self.wrong:  # what the keys mean is not known
+            self._check_references()
+            return None
         variants, settings = self._variants(self._layers(profile_document))
         check_differences(variants, self.file.baseline, self.document, self.problems)
         self._check_references()
@@ -162,6 +168,7 @@ class _Loader:
 
     def _layers(self, profile_document: Document) -> dict[str, list[Layer]]:
         """Return the layers of each variant, lowest first; the last but one is the variant's own."""
+        recipe = recipe_layer(self.file.recipe, self.document.value_place(("recipe",)))
         study = self._layer("study", ())
         blocks = {name: self._layer(f"profile {name}", ("profiles", name)) for name in self.document.names("profiles")}
         own = {name: self._layer(f"variant {name}", ("variants", name)) for name in self.names}
@@ -172,7 +179,8 @@ class _Loader:
             without_wrong_values(layer, self.problems)
         shared = [without_wrong_values(layer, self.problems) for layer in (study, *scale, options)]
         study, *scale, options = [shared[0], *(self._without_clashes(layer, own.values()) for layer in shared[1:])]
-        return {name: [study, *scale, layer, options] for name, layer in own.items()}
+        scale = [replace(layer, scales=True) for layer in scale]
+        return {name: [recipe, study, *scale, layer, options] for name, layer in own.items()}
 
     def _layer(self, label: str, path: Path_) -> Layer:
         return read_layer(label, self.document, (*path, "set"), self.problems)
@@ -203,7 +211,16 @@ class _Loader:
             if config:
                 why, overrides = (part.why if part else ""), layers[name][-2].asked()
                 variants.append(Variant(name=name, why=why, overrides=overrides, config=config))
+                self._check_code(config, settings[name])
         return variants, settings
+
+    def _check_code(self, config: ExperimentConfig, settings: Settings) -> None:
+        """Tell the custom parts whose code is not there, without running any."""
+        for part in custom_parts(config):
+            if text := problem_with(part, beside=self.path.parent):
+                target, kind = settings[f"{part.key}.target"], settings[f"{part.key}.kind"]
+                place = kind.place if target.place == DEFAULT else target.place
+                self.problems.add(place, f"{part.key}.target", text)
 
     def _with_data(self, layers: list[Layer]) -> list[Layer]:
         """Append the folder of `--data`, which drawn pictures have no use for."""

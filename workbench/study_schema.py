@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from core.config import ExperimentConfig, dotted_keys
 from core.metrics import NUMBER_NAMES
+from core.recipes import DEFAULT, RECIPES
 from workbench.problems import Problems, as_key, did_you_mean, in_words, shown
 from workbench.yaml12 import Document, Path_
 
@@ -37,6 +38,13 @@ def _known(metric: str) -> str:
     return metric
 
 
+def _published(recipe: str) -> str:
+    if recipe not in RECIPES:
+        hint = f"{did_you_mean(recipe, RECIPES)}allowed: {', '.join(RECIPES)}"
+        raise ValueError(f"no such recipe: {recipe!r}; {hint}")
+    return recipe
+
+
 def _fraction(margin: float) -> float:
     if margin > LARGEST_MARGIN:
         remedy = f"margins are fractions, not points; did you mean {margin / 100:g}?"
@@ -45,6 +53,14 @@ def _fraction(margin: float) -> float:
 
 
 Metric = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(NUMBER_NAMES)})]
+Recipe = Annotated[
+    str,
+    AfterValidator(_published),
+    Field(
+        description="the published detector that the settings start from, schedule included",
+        json_schema_extra={"enum": list(RECIPES)},
+    ),
+]
 Margin = Annotated[
     float,
     Field(gt=0, allow_inf_nan=False, description="smallest difference that matters; AP .02, not 2"),
@@ -135,6 +151,7 @@ class StudyPart(FilePart):
     study: Name
     question: str = Field(min_length=1)
     why: str = ""
+    recipe: Recipe = DEFAULT
     set: Overrides = {}
     baseline: str = Field(description="the variant that the others are compared to")
     variants: dict[str, VariantPart | None] = Field(min_length=1)

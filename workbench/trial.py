@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from core import numerics
 from core.config import EvaluationConfig, ExperimentConfig
+from core.custom import given_as_text
 from core.events import Event
 from workbench import attempts, durable, provenance
 from workbench.errors import BusyError, WorkbenchError
@@ -24,6 +25,7 @@ from workbench.processes import Process
 from workbench.records import TrialRecord
 from workbench.store import Store
 from workbench.study import TrialSpec
+from workbench.user_code import FLAG, custom_parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,6 +110,7 @@ def execute(
     device: str = "cpu",
     driver: Process | None = None,
     trainer: Trainer | None = None,
+    allow_code: bool = False,
 ) -> attempts.Outcome | Literal["busy"]:
     """Bring a trial as far as it goes and return how this attempt ended; whatever the trial raises becomes its record.
 
@@ -118,14 +121,21 @@ def execute(
         device: a torch device.
         driver: the process that asked for the trial; when it dies, the trial stops as well.
         trainer: the detector's code; `core` by default.
+        allow_code: whether the user allows the code of custom parts to run.
 
     Returns:
         `busy` when another process works on the trial or has taken it over.
+
+    Raises:
+        WorkbenchError: the trial would run code that is not allowed; nothing was begun.
     """
     store = Store(runs)
     record = store.record(spec.trial_id)
     if complete(record, spec):
         return "diverged" if record.state == "diverged" else "finished"
+    parts = list(custom_parts(spec.config))
+    if parts and not allow_code:
+        raise WorkbenchError(f"{spec.trial_id}: {parts[0]} is code of your own, which runs with {FLAG} only")
     if should_stop():
         return "interrupted"
     folder = store.trial_dir(spec.trial_id)
@@ -162,7 +172,8 @@ class _Work:
         self._prepare_files()
         events = durable.EventWriter(self.folder / "events.jsonl", attempt=self.attempt.number)
         try:
-            outcome = self._train_and_score(trainer, events)
+            with given_as_text(self.spec.code, folder=self.folder / "code"):
+                outcome = self._train_and_score(trainer, events)
         except _Superseded:
             return "busy"
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a trial raises is an outcome, on record
@@ -302,6 +313,7 @@ def spec_to_json(spec: TrialSpec) -> dict[str, Any]:
         "data_fingerprint": spec.data_fingerprint,
         "config": spec.config.model_dump(mode="json"),
         "evaluations": {eval_id: item.model_dump(mode="json") for eval_id, item in spec.evaluations.items()},
+        "code": spec.code,
     }
 
 
@@ -327,7 +339,7 @@ def _error_class(error: BaseException) -> str:
         return "out_of_memory"
     if isinstance(error, OSError):
         return "io"
-    return "bad_config" if names & {"WorkbenchError", "DataProblem", "WeightsProblem"} else "error"
+    return "bad_config" if names & {"WorkbenchError", "DataProblem", "WeightsProblem", "CustomProblem"} else "error"
 
 
 def _cpu_seconds() -> float:

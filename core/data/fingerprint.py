@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -32,18 +32,29 @@ class SplitFiles:
     pictures: Path
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderCheck:
+    """What is wrong with a folder, one line each: `missing_pictures` stops a training only, `problems` a plan, too."""
+
+    problems: list[str] = field(default_factory=list)
+    missing_pictures: list[str] = field(default_factory=list)
+
+
 def fingerprint(config: Data, *, root: Path | None) -> str:
     """Identify the pictures: annotation files by their bytes, pictures by name and size in bytes; not by their paths.
 
+    A folder that has annotations only has a fingerprint, too: another one than with its pictures.
+
     Raises:
-        DataProblem: when a file or folder is missing.
+        DataProblem: when the folder or an annotation file is missing.
     """
     if not isinstance(config, CocoFolder):
         return f"shapes-{SHAPES_VERSION}"
     folder = data_root(config, root)
     digest = hashlib.sha256()
     for split in used_splits(config):
-        digest.update(split_fingerprint(split_files(folder, split)).encode())
+        files = SplitFiles(annotations=_annotations(folder, split), pictures=_picture_folder(folder, split))
+        digest.update(split_fingerprint(files).encode())
     return f"coco-{digest.hexdigest()[:16]}"
 
 
@@ -51,36 +62,53 @@ def split_fingerprint(files: SplitFiles) -> str:
     """Identify one split, as `fingerprint` does."""
     stat = files.annotations.stat()
     digest = hashlib.sha256(_file_digest(files.annotations, stat.st_size, stat.st_mtime_ns).encode())
-    for name, num_bytes in sorted(_pictures(files.pictures)):
+    for name, num_bytes in sorted(_pictures(files.pictures)) if files.pictures.is_dir() else ():
         digest.update(f"{name}\0{num_bytes}\n".encode())
     return digest.hexdigest()
 
 
 def check_folder(config: Data, root: Path | None) -> list[str]:
     """Return what makes the folder unusable, one line each; an empty list when training can start."""
+    check = inspect_folder(config, root)
+    return [*check.problems, *check.missing_pictures]
+
+
+def inspect_folder(config: Data, root: Path | None) -> FolderCheck:
+    """Look through the folder's annotations, and for its pictures."""
+    check = FolderCheck()
     if not isinstance(config, CocoFolder):
-        return []
+        return check
     try:
         folder = data_root(config, root)
     except DataProblem as problem:
-        return [str(problem)]
-    problems: list[str] = []
+        check.problems.append(str(problem))
+        return check
     categories: list[dict[int, str]] = []
     for split in used_splits(config):
         try:
-            files = split_files(folder, split)
-            raw = read_annotations(files.annotations)
+            annotations = _annotations(folder, split)
+            raw = read_annotations(annotations)
             categories.append(category_names(raw))
         except DataProblem as problem:
-            problems.append(str(problem))
+            check.problems.append(str(problem))
             continue
-        names = [entry["file_name"] for entry in raw["images"] if isinstance(entry, dict) and "file_name" in entry]
-        if not any((files.pictures / str(name)).is_file() for name in names):
-            found = f"holds none of the {len(names)} pictures that {files.annotations} names"
-            problems.append(f"{files.pictures}: {found}; put them there or name another folder with --data")
+        check.missing_pictures.extend(_missing_pictures(folder, split, annotations, raw))
     if len(categories) == 2:
-        problems.extend(_disagreements(folder, *categories))
-    return problems
+        check.problems.extend(_disagreements(folder, *categories))
+    return check
+
+
+def _missing_pictures(folder: Path, split: SplitName, annotations: Path, raw: dict[str, Any]) -> Iterator[str]:
+    """Say when a split has no folder of pictures, or none of the pictures that its annotations name."""
+    try:
+        pictures = split_files(folder, split).pictures
+    except DataProblem as problem:
+        yield str(problem)
+        return
+    names = [entry["file_name"] for entry in raw["images"] if isinstance(entry, dict) and "file_name" in entry]
+    if not any((pictures / str(name)).is_file() for name in names):
+        found = f"holds none of the {len(names)} pictures that {annotations} names"
+        yield f"{pictures}: {found}; put them there or name another folder with --data"
 
 
 def used_splits(config: CocoFolder) -> tuple[SplitName, ...]:
@@ -109,20 +137,24 @@ def split_files(folder: Path, split: SplitName) -> SplitFiles:
     Raises:
         DataProblem: when its annotation file or its folder of pictures is missing.
     """
-    names = (split, f"{split}2017")
-    annotations = [folder / "annotations" / f"instances_{name}.json" for name in names]
-    pictures = [folder / name for name in names]
-    for path in annotations:
+    files = SplitFiles(annotations=_annotations(folder, split), pictures=_picture_folder(folder, split))
+    if not files.pictures.is_dir():
+        raise DataProblem(f"{files.pictures}: no such folder, nor {split}2017; --data needs a folder with {LAYOUT}")
+    return files
+
+
+def _annotations(folder: Path, split: SplitName) -> Path:
+    found, other = (folder / "annotations" / f"instances_{name}.json" for name in (split, f"{split}2017"))
+    for path in (found, other):
         if path.is_file():
-            break
-    else:
-        raise DataProblem(
-            f"{annotations[0]}: no such file, nor {annotations[1].name}; --data needs a folder with {LAYOUT}"
-        )
-    for directory in pictures:
-        if directory.is_dir():
-            return SplitFiles(annotations=path, pictures=directory)
-    raise DataProblem(f"{pictures[0]}: no such folder, nor {pictures[1].name}; --data needs a folder with {LAYOUT}")
+            return path
+    raise DataProblem(f"{found}: no such file, nor {other.name}; --data needs a folder with {LAYOUT}")
+
+
+def _picture_folder(folder: Path, split: SplitName) -> Path:
+    """Return the first of the two folders that is there; the first one where there is none."""
+    found, other = folder / split, folder / f"{split}2017"
+    return other if other.is_dir() and not found.is_dir() else found
 
 
 def read_annotations(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from core.config import CocoFolder, Shapes
-from core.data.fingerprint import DataProblem, check_folder, fingerprint
+from core.data.fingerprint import DataProblem, check_folder, fingerprint, inspect_folder
 from core.data.splits import open_data
 
 CONFIG = CocoFolder()
@@ -146,6 +146,19 @@ def test_all_problems_are_told_at_once(folder):
     for split in ("train", "val"):
         (folder / "annotations" / f"instances_{split}.json").write_text("?")
     assert len(check_folder(CONFIG, folder)) == 2
+
+
+def test_annotations_alone_can_be_planned_with(folder):
+    """Without its pictures a folder has another fingerprint, and what is missing is told apart from what is wrong."""
+    whole = fingerprint(CONFIG, root=folder)
+    (folder / "train" / "a.jpg").unlink()
+    shutil.rmtree(folder / "val")
+    check = inspect_folder(CONFIG, folder)
+    assert check.problems == []
+    assert [line.partition(":")[0].rpartition("/")[2] for line in check.missing_pictures] == ["train", "val"]
+    assert fingerprint(CONFIG, root=folder) not in (whole, fingerprint(Shapes(), root=None))
+    with pytest.raises(DataProblem, match="no such folder"):
+        open_data(CONFIG, root=folder, cache=None)
 
 
 def test_no_folder_or_a_file_in_its_place(tmp_path):

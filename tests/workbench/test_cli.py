@@ -97,8 +97,6 @@ def test_missing_data_folder_names_path_and_flag(command, tmp_path, capsys):
     ("spoil", "where", "what"),
     [
         (lambda folder: (folder / "annotations" / "instances_val.json").unlink(), "instances_val.json", "no such file"),
-        (lambda folder: shutil.rmtree(folder / "val"), "val", "no such folder"),
-        (lambda folder: (folder / "val" / "1.jpg").unlink(), "val", "holds none of the 1 pictures"),
         (lambda folder: _rewrite(folder, lambda _: "{"), "instances_val.json", "is not JSON"),
         (lambda folder: _rewrite(folder, lambda _: "[]"), "instances_val.json", "holds a list"),
         (lambda folder: _rewrite(folder, _without("categories")), "instances_val.json", "has no list 'categories'"),
@@ -118,6 +116,29 @@ def test_unusable_pictures_name_path_and_flag(command, spoil, where, what, coco_
     assert where in line.split(": ")[0]
     assert what in line
     assert "--data" in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda folder: shutil.rmtree(folder / "val"), "no such folder, nor val2017"),
+        (lambda folder: (folder / "val" / "1.jpg").unlink(), "holds none of the 1 pictures"),
+    ],
+)
+def test_missing_pictures_stop_run_and_not_plan(spoil, what, coco_folder, tmp_path, capsys):
+    """`plan` works with annotations alone and warns of the pictures; `run` and `check` end with 2, path and flag."""
+    spoil(coco_folder)
+    arguments = [str(STUDY), "--data", str(coco_folder)]
+    assert cli.main(["plan", *arguments, "--runs", str(tmp_path / "runs")]) == 0
+    captured = capsys.readouterr()
+    assert "look 1: 5 seeds" in captured.out
+    assert f"Warning: {coco_folder / 'val'}: {what}" in captured.err
+    for command in (["run", *arguments, "--runs", str(tmp_path / "runs")], ["check", *arguments]):
+        assert cli.main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{coco_folder / 'val'}: {what}")
+        assert "--data" in line
     assert not (tmp_path / "runs").exists()
 
 

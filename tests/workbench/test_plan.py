@@ -221,12 +221,36 @@ def test_plan_hash_is_what_was_decided_before_the_run(study, change, same):
         ({"profile": PROFILE + "verdicts: false\n"}, "profile laptop tests the plumbing: it never gives a verdict"),
         ({"variants": ("base",)}, "claim better stays undecided: other not selected (--variants all"),
         ({"sets": ()}, "the backbone of base, other is random and partly frozen: set model.backbone.weights"),
+        (
+            {"sets": (*SETS, "model.encoder_supervision={anchor_scale: 0.125}")},
+            "the coarsest level of base, other has no valid token, since its proposals would be as large as the",
+        ),
+        ({"sets": (*SETS, "model.backbone.dilation=true")}, "two levels of base, other have the same size"),
+        (
+            {"text": STUDY.replace("loss.auxiliary: false", "model.backbone.dilation: true, model.strides: [16, 32]")},
+            "two levels of other have the same size, since a dilated last stage keeps stride 16: leave 16 or 32 out",
+        ),
     ],
 )
 def test_plan_warns_of_what_cannot_work(study, change, warning):
     """A plan that cannot give a verdict, or freezes random weights, says so before anything runs."""
     (found,) = make_plan(study(**change)).warnings
     assert found.startswith(warning)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("model.encoder_supervision={anchor_scale: 0.12}",),  # 0.96 of the picture on the last of four levels
+        ("model.encoder_supervision={anchor_scale: 0.9}", "model.strides=[32]", "model.extra_levels=0"),
+        ("model.backbone.dilation=true", "model.strides=[8, 32]"),
+        ("model.backbone={kind: small_resnet}",),
+    ],
+)
+def test_plan_does_not_warn_of_what_works(study, sets):
+    """Just below the limits there is nothing to say."""
+    found = study(sets=sets if "small_resnet" in sets[0] else (*SETS, *sets))
+    assert make_plan(found).warnings == ()
 
 
 def test_plan_survives_its_json(study):

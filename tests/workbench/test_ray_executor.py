@@ -16,15 +16,16 @@ from workbench.store import Store
 pytestmark = pytest.mark.ci
 
 SETS = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=60")
+CUSTOM = 'model.box_head: {kind: custom, target: "heads:Mine"}'
 PATIENCE = 120  # seconds, on a busy machine
 
 
-def start(study, runs, executor, *, seeds=1):
+def start(study, runs, executor, *options, seeds=1):
     """Start a run of the toy study, with a hundred steps a trial."""
     sets = [part for item in SETS for part in ("--set", item)]
     parts = [sys.executable, "-m", "workbench", "run", str(study), "--profile", "smoke", *sets, "--runs", str(runs)]
     return subprocess.Popen(
-        [*parts, "--executor", executor, "--seeds", str(seeds), "--tracking-uri", "http://127.0.0.1:9"],
+        [*parts, "--executor", executor, "--seeds", str(seeds), "--tracking-uri", "http://127.0.0.1:9", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -91,6 +92,19 @@ def test_ctrl_c_ends_in_good_order(toy_study, tmp_path):
     assert "interrupted" in tried.values()
     assert None not in tried.values()
     assert len(tried) < 4
+
+
+def test_code_travels_to_the_workers(toy_study, tmp_path):
+    """A custom part beside the study file reaches workers whose Python path does not have it, as text."""
+    toy_study.write_text(toy_study.read_text().replace("loss.weight_giou: 4.0", CUSTOM))
+    toy_study.with_name("heads.py").write_text(
+        "from core.model.refinement import BoxHead\n\nclass Mine(BoxHead): ...\n"
+    )
+    with start(toy_study, tmp_path / "runs", "ray", "--allow-code", "--set", "training.epochs=1") as process:
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert len(_hashes(tmp_path / "runs")) == 2
+    assert len(list((tmp_path / "runs" / "trials").glob("*/code/heads.py"))) == 1
 
 
 def _hashes(runs):
