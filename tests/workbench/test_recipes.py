@@ -1,7 +1,5 @@
 """Recipes as the lowest layer of a study, and profiles that scale whatever kinds they meet."""
 
-from io import StringIO
-
 import pytest
 
 from core.config import DN, SwinV2
@@ -11,9 +9,9 @@ from workbench.overrides import resolve
 from workbench.plan import make_plan
 from workbench.problems import DEFAULT, Problems
 from workbench.recipes import recipe_layer
-from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
+from workbench.trial import execute
 
 TINY = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=1")
 STUDY = """\
@@ -238,7 +236,8 @@ def test_plain_detr_trains_at_smoke_scale(tmp_path):
     path = tmp_path / "trying.yaml"
     path.write_text(STUDY.format(recipe="detr", base="", other="loss.auxiliary: false"))
     plan = make_plan(load_study(path, Selection(profile="smoke", seeds=1, sets=TINY)))
-    store, err = Store(tmp_path / "runs"), StringIO()
-    code = run_study(plan, store, executor="inline", tracking_uri="http://127.0.0.1:9", out=StringIO(), err=err)
-    assert code == 0, err.getvalue()
-    assert all(store.record(trial.trial_id).metrics for trial in plan.trials)
+    store = Store(tmp_path / "runs")
+    for spec in plan.specs.values():
+        outcome = execute(spec, store.root, should_stop=lambda: False)
+        assert outcome == "finished", store.record(spec.trial_id).error
+        assert store.record(spec.trial_id).metrics
