@@ -133,7 +133,7 @@ def execute(
     record = store.record(spec.trial_id)
     if complete(record, spec):
         return "diverged" if record.state == "diverged" else "finished"
-    parts = list(custom_parts(spec.config))
+    parts = [*map(str, custom_parts(spec.config)), *spec.code]
     if parts and not allow_code:
         raise WorkbenchError(f"{spec.trial_id}: {parts[0]} is code of your own, which runs with {FLAG} only")
     if should_stop():

@@ -44,20 +44,19 @@ def custom_parts(part: Part, prefix: str = "") -> Iterator[CustomPart]:
 
 def source_file(module: str, *, beside: Path) -> Path | None:
     """Return the file of a module without importing anything: in the folder `beside`, else on Python's path."""
-    steps = module.replace(".", "/")
-    for folder in (beside, *map(Path, sys.path)):
-        for path in (folder / f"{steps}.py", folder / steps / "__init__.py"):
-            if path.is_file():
-                return path
-    return None
+    file = f"{module.replace('.', '/')}.py"
+    return next((folder / file for folder in (beside, *map(Path, sys.path)) if (folder / file).is_file()), None)
 
 
 def problem_with(part: CustomPart, *, beside: Path) -> str | None:
     """Say why a custom part cannot be built, as far as its file tells without being run; None when it looks sound."""
     path = source_file(part.module, beside=beside)
     if path is None:
-        steps = part.module.replace(".", "/")
-        return f"there is no module {part.module}: looked for {beside / steps}.py, then for the same on Python's path"
+        file = f"{part.module.replace('.', '/')}.py"
+        looked = f"looked for {beside / file}, then for {file} on Python's path"
+        return (
+            f"there is no module {part.module}: {looked}; name the file that holds {part.class_name}, not its package"
+        )
     try:
         names = _top_level_names(path.read_bytes())
     except OSError as error:

@@ -6,10 +6,14 @@ from core.config import DN, SwinV2
 from core.recipes import RECIPES
 from workbench.errors import StudyFileError
 from workbench.overrides import resolve
+from workbench.plan import make_plan
 from workbench.problems import DEFAULT, Problems
 from workbench.recipes import recipe_layer
+from workbench.store import Store
 from workbench.study_file import Selection, load_study
+from workbench.trial import execute
 
+TINY = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=1")
 STUDY = """\
 version: 1
 study: trying
@@ -225,3 +229,15 @@ def test_all_else_stays_strict(read, change, message):
     with pytest.raises(StudyFileError) as error:
         read("detr", **change)
     assert message in str(error.value)
+
+
+def test_plain_detr_trains_at_smoke_scale(tmp_path):
+    """A study of another recipe runs: both variants of DETR's auxiliary losses end with scores."""
+    path = tmp_path / "trying.yaml"
+    path.write_text(STUDY.format(recipe="detr", base="", other="loss.auxiliary: false"))
+    plan = make_plan(load_study(path, Selection(profile="smoke", seeds=1, sets=TINY)))
+    store = Store(tmp_path / "runs")
+    for spec in plan.specs.values():
+        outcome = execute(spec, store.root, should_stop=lambda: False)
+        assert outcome == "finished", store.record(spec.trial_id).error
+        assert store.record(spec.trial_id).metrics

@@ -3,6 +3,7 @@
 import pytest
 
 from core.config import dotted_keys
+from core.recipes import RECIPES
 from workbench.study_schema import json_schema, seconds_of
 
 
@@ -39,6 +40,11 @@ def test_schema_knows_the_values_of_a_key():
         "custom",
     ]
     assert keys["training.clip_norm"]["anyOf"][-1] == {"type": "null"}
+
+
+def test_schema_knows_the_recipes():
+    """An editor completes the names of the published recipes."""
+    assert json_schema()["properties"]["recipe"]["enum"] == list(RECIPES)
 
 
 def test_every_reference_of_the_schema_leads_somewhere():

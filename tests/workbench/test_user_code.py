@@ -69,7 +69,10 @@ def mine(plan):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path.unlink(), "there is no module heads: looked for {folder}/heads.py, then for the same on"),
+        (
+            lambda path: path.unlink(),
+            "there is no module heads: looked for {folder}/heads.py, then for heads.py on Python's path; name the",
+        ),
         (
             lambda path: path.write_text("class Main: ...\n"),
             "{folder}/heads.py defines no Mine; did you mean Main? there",
@@ -119,10 +122,15 @@ def test_run_refuses_code_without_the_flag(path, tmp_path, capsys):
 
 
 def test_trial_refuses_code_that_nobody_allowed(path, store):
-    """A worker that is handed a custom part, with or without its text, does nothing unless it is allowed."""
+    """A worker that is handed a custom part, its text, or both, does nothing unless it is allowed."""
     spec = mine(planned(path))
-    for asked in (spec, replace(spec, code={})):
-        with pytest.raises(WorkbenchError, match=r"model\.box_head: heads:Mine is code of your own, .* --allow-code"):
+    config = next(other for other in planned(path).specs.values() if not other.code).config
+    for asked, part in (
+        (spec, r"model\.box_head: heads:Mine"),
+        (replace(spec, code={}), r"model\.box_head: heads:Mine"),
+        (replace(spec, config=config), "heads"),
+    ):
+        with pytest.raises(WorkbenchError, match=f"{part} is code of your own, .* --allow-code"):
             execute(asked, store.root, should_stop=lambda: False)
     assert not store.trial_dir(spec.trial_id).exists()
 
