@@ -3,8 +3,9 @@
 import torch
 from torch import Generator, nn
 
-from core.config import ExperimentConfig, ModelConfig
+from core.config import ExperimentConfig, FasterRCNN, ModelConfig
 from core.evaluation.postprocess import to_detections
+from core.faster_rcnn import FasterRCNNDetector, build_faster_rcnn
 from core.loss.criterion import SetCriterion, build_criterion
 from core.model.build import build_model
 from core.model.detr import DETR
@@ -35,10 +36,22 @@ class DetrDetector(nn.Module):
         return to_detections(prediction, batch.targets, assignments, top_k=top_k)
 
 
-def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:
+AnyDetector = DetrDetector | FasterRCNNDetector
+
+
+def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> AnyDetector:
     """Build a detector on the CPU with weights that depend on `seed` alone."""
-    if not isinstance(config.model, ModelConfig):
-        raise NotImplementedError(config.model.kind)
-    supervision = config.model.encoder_supervision
+    match config.model:
+        case ModelConfig() as model:
+            return _build_detr(config, model, num_classes=num_classes, seed=seed)
+        case FasterRCNN() as model:
+            how = config.evaluation.classes_per_query
+            return build_faster_rcnn(model, num_classes=num_classes, seed=seed, classes_per_query=how)
+        case other:
+            raise NotImplementedError(other.kind)
+
+
+def _build_detr(config: ExperimentConfig, model: ModelConfig, *, num_classes: int, seed: int) -> DetrDetector:
+    supervision = model.encoder_supervision
     criterion = build_criterion(config.loss, encoder_tokens=supervision.tokens if supervision else "all")
-    return DetrDetector(model=build_model(config.model, num_classes=num_classes, seed=seed), criterion=criterion)
+    return DetrDetector(model=build_model(model, num_classes=num_classes, seed=seed), criterion=criterion)
