@@ -1,14 +1,15 @@
 """DETR behind the `Detector` seam: the model with its criterion."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Generator, nn
 
-from core.config import Custom, ExperimentConfig, ModelConfig
+from core.config import Custom, ExperimentConfig, FasterRCNN, ModelConfig
 from core.custom import build_custom
 from core.evaluation.postprocess import detecting, recalled, to_detections
+from core.faster_rcnn import FasterRCNNDetector, build_faster_rcnn
 from core.loss.criterion import SetCriterion, build_criterion
 from core.model.build import build_model
 from core.model.detr import DETR
@@ -67,14 +68,25 @@ class DetrDetector(nn.Module):
         return self.model(batch, **asked)
 
 
-def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> DetrDetector:
+AnyDetector = DetrDetector | FasterRCNNDetector
+
+
+def build_detector(config: ExperimentConfig, *, num_classes: int, seed: int) -> AnyDetector:
     """Build a detector on the CPU with weights that depend on `seed` alone; it detects as `config.evaluation` says."""
-    model = config.model
-    if isinstance(model, Custom):
-        with seeded(seed, "construction"):
-            return build_custom(model, num_classes=num_classes, seed=seed)
-    if not isinstance(model, ModelConfig):
-        raise NotImplementedError(model.kind)
+    match config.model:
+        case ModelConfig() as model:
+            return _build_detr(config, model, num_classes=num_classes, seed=seed)
+        case FasterRCNN() as model:
+            how = config.evaluation.classes_per_query
+            return build_faster_rcnn(model, num_classes=num_classes, seed=seed, classes_per_query=how)
+        case Custom() as part:
+            with seeded(seed, "construction"):
+                return build_custom(part, num_classes=num_classes, seed=seed)
+        case other:
+            assert_never(other)
+
+
+def _build_detr(config: ExperimentConfig, model: ModelConfig, *, num_classes: int, seed: int) -> DetrDetector:
     criterion = build_criterion(config.loss, encoder_supervision=model.encoder_supervision)
     return DetrDetector(
         model=build_model(

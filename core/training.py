@@ -22,7 +22,7 @@ from core.checkpoint import load_newest, save_checkpoint, weights_hash
 from core.config import ExperimentConfig, TrainingConfig
 from core.data.batching import steps_per_epoch, subset_indices, training_batch
 from core.data.splits import DataSplits
-from core.detector import DetrDetector, build_detector
+from core.detector import AnyDetector, build_detector
 from core.evaluation.score import score
 from core.events import CheckpointSaved, Diverged, EpochFinished, Event, StepsTaken, TrainingStarted
 from core.metrics import Metrics
@@ -48,8 +48,8 @@ class TrainResult:
 class Averaged:
     """An exponential moving average of weights and buffers, with the ramp (1 + t) / (10 + t) up to `decay`."""
 
-    def __init__(self, model: DetrDetector, decay: float) -> None:
-        self.model: DetrDetector = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    def __init__(self, model: AnyDetector, decay: float) -> None:
+        self.model: AnyDetector = copy.deepcopy(model).requires_grad_(requires_grad=False)
         self.decay = decay
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Trainer:
             self.averaged.update(self.detector, self.num_step)
         return losses, norm
 
-    def scored(self) -> dict[str, DetrDetector]:
+    def scored(self) -> dict[str, AnyDetector]:
         """Return the models to score while training: the averaged one where there is one."""
         if self.averaged is None:
             return {"raw": self.detector}
