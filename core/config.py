@@ -766,7 +766,7 @@ class ExperimentConfig(Part):
             area = data.resize.size * data.resize.longest
         dilated = getattr(model.backbone, "dilation", False)
         strides = [16 if stride == 32 and dilated else stride for stride in model.strides]
-        strides += [model.strides[-1] * 2 ** (level + 1) for level in range(model.extra_levels)]
+        strides += [strides[-1] * 2 ** (level + 1) for level in range(model.extra_levels)]
         return sum(area // stride**2 for stride in strides)
 
 
