@@ -257,7 +257,7 @@ def test_padding_proposes_nothing_and_crowds_nothing_out():
     """
     rpn = build_detector(_config(proposals=200), num_classes=3, seed=0).model.rpn.eval()
     torch.nn.init.normal_(rpn.head.bbox_pred.weight, std=0.3)  # proposals that are no mere anchors
-    torch.nn.init.constant_(rpn.head.cls_logits.bias, 1.0)  # the padding's score is in the midst of the others'
+    rpn.head.cls_logits.weight.data.abs_().neg_()  # of what a ReLU gives: empty padding scores best of all
     generator = torch.Generator().manual_seed(0)
     maps, padded = {}, {}
     for stride in (4, 8, 16, 32, 64):
@@ -308,3 +308,6 @@ def test_regions_are_pooled_as_torchvisions():
     assert set(levels.tolist()) == {0, 1, 2, 3}
     half = LevelPool(scale=0.08, strides=strides, cells=7)  # the same anchors in a picture of half the size
     assert torch.equal(levels, half._level(regions[0], 400))
+    padded = {name: torch.nn.functional.pad(level, (0, 4, 0, 4)) for name, level in features.items()}
+    inside = [regions[0].clamp(max=760)]  # a cell of the coarsest level away from the padding
+    torch.testing.assert_close(ours(padded, inside, [(800, 800)]), ours(features, inside, [(800, 800)]))
