@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, box_iou
 
 from core.boxes import cxcywh_to_xyxy
 from core.config import ExperimentConfig
@@ -218,6 +220,44 @@ def test_starting_weights_are_the_published_ones():
             assert 0.9 * bound < value.abs().max().item() <= bound
         if (".rpn." in name or ".fpn." in name) and name.endswith("bias"):
             assert not value.any()
+
+
+def test_detections_after_nms_are_torchvisions():
+    """With the weights copied over, NMS leaves what torchvision's own Faster R-CNN detects with the same anchors."""
+    config = _config({"kind": "resnet", "depth": 18}, fpn_dim=256, head_dim=1024, anchor_scale=1 / 8, proposals=1000)
+    ours = build_detector(config, num_classes=3, seed=0).eval()
+    for name, parameter in ours.model.named_parameters():
+        if "cls_" in name or "bbox_pred" in name:  # scores and boxes that differ by more than rounding
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    theirs = torchvision.models.detection.FasterRCNN(
+        resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d),
+        num_classes=4,
+        min_size=256,
+        max_size=256,
+        box_score_thresh=0.0,
+        box_nms_thresh=0.5,
+        box_detections_per_img=50,
+    ).eval()
+    moved = {"backbone.": "backbone.", "fpn.": "backbone.fpn.", "heads.": "roi_heads.", "rpn.": "rpn."}
+    state = {
+        new + name.removeprefix(old): value
+        for name, value in ours.model.state_dict().items()
+        for old, new in moved.items()
+        if name.startswith(old)
+    }
+    theirs.load_state_dict(state)
+    theirs.rpn.anchor_generator = ours.model.rpn.anchor_generator  # torchvision rounds its own to whole pixels
+    batch = _batch((256, 256))
+    batch = replace(batch, targets=tuple(replace(target, original_size=(256, 256)) for target in batch.targets))
+    with torch.no_grad():
+        (expected,) = theirs([batch.images[0] / 255])
+    (found,) = ours.detect(batch, top_k=100_000)
+    kept = batched_nms(found.boxes_xyxy_px, found.scores, found.labels, 0.5)[:50]
+    assert expected["scores"].std() > 0.002
+    torch.testing.assert_close(found.scores[kept], expected["scores"], rtol=0, atol=1e-5)
+    assert (found.labels[kept] + 1 == expected["labels"]).float().mean() > 0.9  # equal scores may come in any order
+    distance = torch.cdist(found.boxes_xyxy_px[kept].double(), expected["boxes"].double(), p=torch.inf)
+    assert distance.amin(1).max() < 0.01
 
 
 def test_pictures_without_boxes_are_background(trained):
