@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, box_iou
 
 from core.boxes import cxcywh_to_xyxy
 from core.config import ExperimentConfig
@@ -220,6 +222,44 @@ def test_starting_weights_are_the_published_ones():
             assert not value.any()
 
 
+def test_detections_after_nms_are_torchvisions():
+    """With the weights copied over, NMS leaves what torchvision's own Faster R-CNN detects with the same anchors."""
+    config = _config({"kind": "resnet", "depth": 18}, fpn_dim=256, head_dim=1024, anchor_scale=1 / 8, proposals=1000)
+    ours = build_detector(config, num_classes=3, seed=0).eval()
+    for name, parameter in ours.model.named_parameters():
+        if "cls_" in name or "bbox_pred" in name:  # scores and boxes that differ by more than rounding
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    theirs = torchvision.models.detection.FasterRCNN(
+        resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d),
+        num_classes=4,
+        min_size=256,
+        max_size=256,
+        box_score_thresh=0.0,
+        box_nms_thresh=0.5,
+        box_detections_per_img=50,
+    ).eval()
+    moved = {"backbone.": "backbone.", "fpn.": "backbone.fpn.", "heads.": "roi_heads.", "rpn.": "rpn."}
+    state = {
+        new + name.removeprefix(old): value
+        for name, value in ours.model.state_dict().items()
+        for old, new in moved.items()
+        if name.startswith(old)
+    }
+    theirs.load_state_dict(state)
+    theirs.rpn.anchor_generator = ours.model.rpn.anchor_generator  # torchvision rounds its own to whole pixels
+    batch = _batch((256, 256))
+    batch = replace(batch, targets=tuple(replace(target, original_size=(256, 256)) for target in batch.targets))
+    with torch.no_grad():
+        (expected,) = theirs([batch.images[0] / 255])
+    (found,) = ours.detect(batch, top_k=100_000)
+    kept = batched_nms(found.boxes_xyxy_px, found.scores, found.labels, 0.5)[:50]
+    assert expected["scores"].std() > 0.002
+    torch.testing.assert_close(found.scores[kept], expected["scores"], rtol=0, atol=1e-5)
+    assert (found.labels[kept] + 1 == expected["labels"]).float().mean() > 0.9  # equal scores may come in any order
+    distance = torch.cdist(found.boxes_xyxy_px[kept].double(), expected["boxes"].double(), p=torch.inf)
+    assert distance.amin(1).max() < 0.01
+
+
 def test_pictures_without_boxes_are_background(trained):
     """A batch without any box gives finite losses with gradients, no box loss, and detections of nobody."""
     detector, batch = trained[0], _batch((64, 64), (48, 64), boxes=0)
@@ -257,7 +297,7 @@ def test_padding_proposes_nothing_and_crowds_nothing_out():
     """
     rpn = build_detector(_config(proposals=200), num_classes=3, seed=0).model.rpn.eval()
     torch.nn.init.normal_(rpn.head.bbox_pred.weight, std=0.3)  # proposals that are no mere anchors
-    torch.nn.init.constant_(rpn.head.cls_logits.bias, 1.0)  # the padding's score is in the midst of the others'
+    rpn.head.cls_logits.weight.data.abs_().neg_()  # of what a ReLU gives: empty padding scores best of all
     generator = torch.Generator().manual_seed(0)
     maps, padded = {}, {}
     for stride in (4, 8, 16, 32, 64):
@@ -308,3 +348,6 @@ def test_regions_are_pooled_as_torchvisions():
     assert set(levels.tolist()) == {0, 1, 2, 3}
     half = LevelPool(scale=0.08, strides=strides, cells=7)  # the same anchors in a picture of half the size
     assert torch.equal(levels, half._level(regions[0], 400))
+    padded = {name: torch.nn.functional.pad(level, (0, 4, 0, 4)) for name, level in features.items()}
+    inside = [regions[0].clamp(max=760)]  # a cell of the coarsest level away from the padding
+    torch.testing.assert_close(ours(padded, inside, [(800, 800)]), ours(features, inside, [(800, 800)]))
