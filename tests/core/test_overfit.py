@@ -50,6 +50,36 @@ TWO_STAGE = {  # the laptop profile's detector with an encoder layer, selection 
     "refinement": {"residual_base": "detached", "sampling_reference": "detached"},
 }
 
+SMALL = {"backbone": {"kind": "small_resnet", "width": 16}}
+LEARNED_BOXES = {"kind": "learned", "num_queries": 24, "reference": "box", "anchor_size": 0.25}
+DENOISED = {**TWO_STAGE, **SMALL, "queries": LEARNED_BOXES, "encoder_supervision": None}
+BASE = {  # Deformable DETR without refinement and selection
+    **TWO_STAGE,
+    **SMALL,
+    "queries": {"kind": "learned", "num_queries": 24},
+    "encoder_supervision": None,
+    "query_position": "static",
+    "refinement": {},
+    "heads": "shared",
+}
+PLAIN = {  # DETR: dense attention on one level, zero content, no references
+    **BASE,
+    "strides": [8],
+    "neck_norm": "none",
+    "position": {"offset": 0.0, "level_embed": False},
+    "encoder": {"num_layers": 1, "attention": {"kind": "dense"}},
+    "decoder": {"num_layers": 3, "attention": {"kind": "dense"}, "norm": "output_only"},
+    "queries": {"kind": "learned", "num_queries": 24, "content": "zeros", "reference": "none"},
+    "head_init": "torch",
+}
+FAST = {"lr": 2e-3, "lr_backbone": 2e-3}
+IOU_AWARE = {"classification": {"kind": "iou_aware"}}
+CROSS_ENTROPY = {
+    "classification": {"kind": "cross_entropy"},
+    "matcher": {"cost": "probability", "cost_class": 1.0},
+    "weight_class": 1.0,
+}
+
 
 def configured(model, *, side=64, training=None, **parts):
     """Return a configuration of eight drawn pictures, not augmented, at a constant learning rate."""
@@ -105,3 +135,41 @@ def test_two_stage_detr_on_swin_v2():
         loss={"classification": {"kind": "iou_aware"}},
     )
     assert overfit(config, 120).ap50 >= 0.95
+
+
+@pytest.mark.slow
+def test_two_stage():
+    """Two-stage Deformable DETR learns the boxes themselves: AP .9 and more."""
+    assert overfit(configured({**TWO_STAGE, **SMALL}, training=FAST, loss=IOU_AWARE), 400).ap >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        pytest.param(
+            configured(
+                PLAIN,
+                training={"lr": 5e-4, "lr_backbone": 5e-4},
+                loss=CROSS_ENTROPY,
+                evaluation={"classes_per_query": "one"},
+            ),
+            800,
+            id="detr",
+        ),
+        pytest.param(configured(BASE), 400, id="deformable"),
+        pytest.param(
+            configured({**DENOISED, "denoising": {"kind": "dn", "groups": 3}}, training=FAST, loss=IOU_AWARE),
+            300,
+            id="dn",
+        ),
+        pytest.param(
+            configured({**DENOISED, "denoising": {"kind": "cdn", "num_queries": 30}}, training=FAST, loss=IOU_AWARE),
+            300,
+            id="cdn",
+        ),
+    ],
+)
+def test_detr_family(config, steps):
+    """Plain and Deformable DETR, with and without denoising, find every object."""
+    assert overfit(config, steps).ap50 >= 0.95
