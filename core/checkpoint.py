@@ -49,9 +49,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         os.fsync(file.fileno())
     digest = _sha256(temporary)
     temporary.replace(path)
-    _write_durably(_sidecar(path), digest)
+    _write_durably(sidecar_of(path), digest)
     for old in sorted(folder.glob("step_*.pt"))[:-KEPT]:
-        _sidecar(old).unlink(missing_ok=True)
+        sidecar_of(old).unlink(missing_ok=True)
         old.unlink()
     return path
 
@@ -115,7 +115,7 @@ def _first_line(error: Exception) -> str:
 
 def is_intact(path: Path) -> bool:
     """Return whether the file's checksum is the one beside it."""
-    sidecar = _sidecar(path)
+    sidecar = sidecar_of(path)
     return path.is_file() and sidecar.is_file() and sidecar.read_text(encoding="ascii").strip() == _sha256(path)
 
 
@@ -128,7 +128,8 @@ def weights_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_of(path: Path) -> Path:
+    """Return where the checksum of a checkpoint lies."""
     return path.with_name(path.name + ".sha256")
 
 

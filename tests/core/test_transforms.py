@@ -143,14 +143,14 @@ def test_pillow_resampling_is_torchvisions(size):
     assert not np.array_equal(area.image, resized.image)
 
 
-@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize(("mode", "subsampling"), [("RGB", 0), ("RGB", 1), ("RGB", 2), ("L", 0)])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_jpeg_pixels_are_pillows(subsampling, progressive, tmp_path):
-    """Whatever the chroma subsampling, our decoder and Pillow, which the official code uses, give the same pixels."""
+def test_jpeg_pixels_are_pillows(mode, subsampling, progressive, tmp_path):
+    """In colour and grey, whatever the chroma subsampling, our decoder and Pillow (the official code) agree."""
     coarse = numpy_stream(0, "jpeg").integers(0, 256, (30, 40, 3), dtype=np.uint8)
     path = tmp_path / "picture.jpg"
     smooth = Image.fromarray(coarse).resize((321, 239), Image.Resampling.BICUBIC)
-    smooth.save(path, quality=75, subsampling=subsampling, progressive=progressive)
+    smooth.convert(mode).save(path, quality=75, subsampling=subsampling, progressive=progressive)
     np.testing.assert_array_equal(decode(path), np.asarray(Image.open(path).convert("RGB")))
 
 
