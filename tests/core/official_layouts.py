@@ -5,6 +5,7 @@ frozen there, so its four buffers are stored and nothing counts batches.
 """
 
 import argparse
+import math
 
 import torch
 
@@ -117,7 +118,7 @@ def sampling(name, levels):
 
 
 def filled(shapes, *, seed=0):
-    """Draw small random values, positive where batch norm takes a root; copies of a tensor share their values.
+    """Draw random values of a scale at which the output depends on the picture; copies of a tensor share their values.
 
     Without refinement (no copies in the decoder) all layers share one head.
     """
@@ -132,9 +133,12 @@ def filled(shapes, *, seed=0):
         if original in state:
             state[name] = state[original]
         else:
-            state[name] = torch.randn(shape, generator=generator) * 0.02
-            if name.endswith("running_var"):
-                state[name] = state[name].abs() + 1.0
+            state[name] = torch.randn(shape, generator=generator)
+            if len(shape) > 1:
+                state[name] *= math.sqrt(2 / math.prod(shape[1:]))
+            else:
+                state[name] *= 0.02
+                state[name] += name.endswith(("weight", "running_var"))  # norms and variances are near one
     return state
 
 

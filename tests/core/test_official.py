@@ -123,7 +123,8 @@ def refined(tmp_path_factory):
 def test_the_encoder_heads_are_the_seventh():
     """In two stages class_embed.6 and bbox_embed.6 judge the encoder's tokens; enc_output and pos_trans have places."""
     state = TWO_STAGE
-    ours = load_official({"model": state}, path=HERE, recipe=None).detector.model.state_dict()
+    model = load_official({"model": state}, path=HERE, recipe=None).detector.model
+    ours = {name.replace(".heads.0.", "."): value for name, value in model.state_dict().items()}
     for name, theirs in {
         "encoder_heads.class_head.weight": "class_embed.6.weight",
         "encoder_heads.box_mlp.hidden.layers.0.weight": "bbox_embed.6.layers.0.weight",
