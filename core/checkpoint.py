@@ -4,8 +4,13 @@ A file is a safe-to-load torch archive (tensors and plain values, no code) with 
 write, fsync, rename, sidecar last: a checkpoint without a matching sidecar does not exist.
 """
 
+import argparse
 import hashlib
 import os
+import pickle
+import re
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,23 @@ from torch import Tensor
 
 FORMAT = 1
 KEPT = 2
+
+# What torch's reader raises on files that are cut off or of another kind.
+_NOT_TORCH = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    AssertionError,
+)
+
+
+class CheckpointProblem(ValueError):  # noqa: N818 - a flaw of the user's file, not of the program
+    """A file that cannot be read or does not fit. The message names the file, what was found and what is allowed."""
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -27,9 +49,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         os.fsync(file.fileno())
     digest = _sha256(temporary)
     temporary.replace(path)
-    _write_durably(_sidecar(path), digest)
+    _write_durably(sidecar_of(path), digest)
     for old in sorted(folder.glob("step_*.pt"))[:-KEPT]:
-        _sidecar(old).unlink(missing_ok=True)
+        sidecar_of(old).unlink(missing_ok=True)
         old.unlink()
     return path
 
@@ -46,17 +68,54 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load one checkpoint without running any code in it.
 
     Raises:
-        ValueError: if it was written by a later version.
+        CheckpointProblem: if it cannot be read safely or was written by a later version.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_safely(path)
     if state.get("format") != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}")
+        raise CheckpointProblem(f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}")
     return state
+
+
+def read_safely(path: Path) -> dict[str, Any]:
+    """Read a torch file of tensors and plain values, anybody's, without running any code in it.
+
+    `argparse.Namespace` is allowed as well: the official training scripts store their options as one.
+
+    Raises:
+        CheckpointProblem: if there is no such file, it is none of torch's, or it holds other objects.
+    """
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise CheckpointProblem(f"{path}: a checkpoint file was looked for, {found} is there")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointProblem(f"{path}: {_why_refused(error)}") from error
+    except _NOT_TORCH as error:
+        raise CheckpointProblem(f"{path}: cannot be read as a torch checkpoint ({_first_line(error)})") from error
+    if not isinstance(state, Mapping):
+        raise CheckpointProblem(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+    return dict(state)
+
+
+def _why_refused(error: pickle.UnpicklingError) -> str:
+    name = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error))
+    if name is None:
+        return f"cannot be read as a torch checkpoint ({_first_line(error)})"
+    return (
+        f"holds a {name[1]}, which reading would run as code; tensors, plain values and argparse.Namespace are read. "
+        "Where you trust the file, load it yourself and save {'model': its state dict} as a new one"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def is_intact(path: Path) -> bool:
     """Return whether the file's checksum is the one beside it."""
-    sidecar = _sidecar(path)
+    sidecar = sidecar_of(path)
     return path.is_file() and sidecar.is_file() and sidecar.read_text(encoding="ascii").strip() == _sha256(path)
 
 
@@ -69,7 +128,8 @@ def weights_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_of(path: Path) -> Path:
+    """Return where the checksum of a checkpoint lies."""
     return path.with_name(path.name + ".sha256")
 
 

@@ -145,6 +145,8 @@ class Trainer:
     def save(self, folder: Path) -> Path:
         """Write a checkpoint."""
         state = {
+            "config": self.config.model_dump(mode="json"),
+            "classes": dict(zip(self.data.ground_truth.category_ids, self.data.class_names, strict=True)),
             "raw": self.detector.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

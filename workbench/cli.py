@@ -71,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--format", choices=("text", "md", "html", "latex"), default="text")
     report.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
 
+    _evaluate_options(commands)
+
     sync = commands.add_parser("sync", help="bring MLflow up to the records", parents=[runs], allow_abbrev=False)
     sync.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
     sync.set_defaults(command=_sync)
@@ -78,6 +80,25 @@ def build_parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON schema of study files, for editors")
     schema.set_defaults(command=_schema)
     return parser
+
+
+def _evaluate_options(commands: Any) -> None:
+    text = "score a checkpoint on a folder in COCO format: ours, official DETR or Deformable DETR"
+    parser = commands.add_parser("evaluate", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", required=True)
+    parser.add_argument("--recipe", metavar="NAME", help="of an official file whose tensors fit several")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of pictures in COCO format")
+    parser.add_argument("--split", choices=("val", "tune"), default="val", help="the scored pictures; default: val")
+    parser.add_argument("--num-pictures", type=int, metavar="N", help="only the first N")
+    parser.add_argument("--parameters", choices=("raw", "averaged"), help="which weights; default: as configured")
+    parser.add_argument("--predictions", type=Path, metavar="OUT.json", help="write the detections, a COCO result list")
+    parser.add_argument(
+        "--losses", action="store_true", help="also the mean of every loss term, and the gradient's norm"
+    )
+    parser.add_argument("--device", default="cpu", help="a torch device; default: cpu")
+    parser.add_argument("--allow-code", action="store_true", help="run the code of parts of your own")
+    _json_option(parser)
+    parser.set_defaults(command=_evaluate)
 
 
 def _command(
@@ -252,6 +273,14 @@ def _report(options: argparse.Namespace) -> int:
         _write(sys.stdout, text)
     else:
         _write(sys.stderr, f"Written: {options.out}\n")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from workbench.evaluate_command import as_text, evaluate
+
+    described = evaluate(options, tell=lambda line: _write(sys.stderr, f"{line}\n"))
+    _write_result(options, described, as_text(described))
     return 0
 
 

@@ -1,8 +1,9 @@
 """A folder in COCO format: its splits, and its pictures by index."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from core.config import CocoFolder, FixedSize, ShorterSide
 from core.data.annotations import Record, Tally, usable_records
@@ -65,6 +66,52 @@ class CocoPictures:
         return picture
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredFolder:
+    """The scored pictures of a folder alone, not augmented; the fields are those of `DataSplits`."""
+
+    scored: CocoPictures
+    ground_truth: GroundTruth
+    class_names: tuple[str, ...]
+    report: dict[str, int | list[str]]
+
+
+def open_scored(
+    folder: Path, split: Literal["val", "tune"], *, rule: FixedSize | ShorterSide, num_pictures: int | None
+) -> ScoredFolder:
+    """Open the scored split alone, without the training pictures, or the first `num_pictures` entries of it.
+
+    Raises:
+        DataProblem: when a file is missing or no COCO, or nothing usable is left.
+    """
+    files = split_files(data_root(CocoFolder(), folder), "train" if split == "tune" else "val")
+    raw = read_annotations(files.annotations)
+    if split == "tune":
+        raw = _with_images(raw, [entry for entry in raw["images"] if _is_held_out(entry)])
+    if num_pictures is not None:
+        raw = _with_images(raw, raw["images"][:num_pictures])
+    categories = shared_categories(folder, [category_names(raw)])
+    tally = Tally(split)
+    labels = {category_id: label for label, category_id in enumerate(categories)}
+    records = usable_records(raw, files, labels, tally, None)
+    report = tally.report(records)
+    if not any(len(record.labels) for record in records):
+        raise DataProblem(_nothing_left(folder, split, report))
+    return ScoredFolder(
+        scored=CocoPictures(records, rule=rule),
+        ground_truth=_ground_truth(records, categories),
+        class_names=_distinct(categories),
+        report=report,
+    )
+
+
+def _with_images(raw: dict[str, Any], images: list[Any]) -> dict[str, Any]:
+    """Keep these pictures and their boxes."""
+    ids = {entry["id"] for entry in images if isinstance(entry, dict) and isinstance(entry.get("id"), int)}
+    boxes = [entry for entry in raw["annotations"] if isinstance(entry, dict) and entry.get("image_id") in ids]
+    return {**raw, "images": images, "annotations": boxes}
+
+
 def open_folder(config: CocoFolder, *, root: Path | None, cache: Path | None) -> DataSplits:
     """Open a folder in COCO format.
 
@@ -80,8 +127,8 @@ def open_folder(config: CocoFolder, *, root: Path | None, cache: Path | None) ->
     records = {split: usable_records(raw[split], files[split], labels, tallies[split], cache) for split in files}
     if config.split == "tune":
         tallies["tune"] = Tally("tune")
-        records["tune"] = [record for record in records["train"] if _held_out(record)]
-        records["train"] = [record for record in records["train"] if not _held_out(record)]
+        records["tune"] = [record for record in records["train"] if _is_held_out(record.image)]
+        records["train"] = [record for record in records["train"] if not _is_held_out(record.image)]
     records["train"] = _subset(records["train"], config.num_train)
     for split, usable in records.items():
         if not any(len(record.labels) for record in usable):
@@ -108,8 +155,9 @@ def _subset(records: list[Record], count: int | None) -> list[Record]:
     return [record for record in records if record.image["id"] in chosen]
 
 
-def _held_out(record: Record) -> bool:
-    return key(0, "tune", record.image["file_name"]) % 10 == 0
+def _is_held_out(image: Any) -> bool:
+    """Tell whether a picture of train belongs to tune, by its entry in the annotation file."""
+    return isinstance(image, dict) and key(0, "tune", str(image.get("file_name"))) % 10 == 0
 
 
 def _ground_truth(records: Sequence[Record], categories: dict[int, str]) -> GroundTruth:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from core.config import FixedSize, ShorterSide
 from core.data.pictures import Picture
@@ -18,35 +19,49 @@ SCALES = tuple(range(480, 801, 32))
 SCALES_BEFORE_CROP = (400, 500, 600)
 CROP_SIDES = (384, 600)
 
+Resampling = Literal["area", "pillow"]
+
 
 def resize(picture: Picture, rule: FixedSize | ShorterSide) -> Picture:
     """Resize as the rule says."""
     if isinstance(rule, FixedSize):
         return resize_to(picture, height=rule.height, width=rule.width)
-    return resize_shorter(picture, rule.size, longest=rule.longest)
+    return resize_shorter(picture, rule.size, longest=rule.longest, resampling=rule.resampling)
 
 
-def resize_to(picture: Picture, *, height: int, width: int) -> Picture:
-    """Resize to a height and width: by area when both shrink, which avoids aliasing, else bilinearly."""
+def resize_to(picture: Picture, *, height: int, width: int, resampling: Resampling = "area") -> Picture:
+    """Resize to a height and width.
+
+    `area`: by area when both shrink, which avoids aliasing, else bilinearly. `pillow`: Pillow's bilinear filter, whose
+    support grows with the factor of shrinking; torchvision's resizing of Pillow images, and so the official code's.
+    """
     old_height, old_width = picture.image.shape[:2]
     if (old_height, old_width) == (height, width):
         return picture
-    shrinks = height <= old_height and width <= old_width
-    filter_ = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    image = cv2.resize(np.ascontiguousarray(picture.image), (width, height), interpolation=filter_)
+    image = np.ascontiguousarray(picture.image)
+    if resampling == "pillow":
+        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        shrinks = height <= old_height and width <= old_width
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     factor = np.array([width / old_width, height / old_height] * 2, np.float32)
     return replace(picture, image=image, boxes_xyxy_px=picture.boxes_xyxy_px * factor)
 
 
-def resize_shorter(picture: Picture, side: int, *, longest: int | None = None) -> Picture:
-    """Resize so that the shorter side is `side`, or less where the longer one would pass `longest`."""
+def resize_shorter(
+    picture: Picture, side: int, *, longest: int | None = None, resampling: Resampling = "area"
+) -> Picture:
+    """Resize so that the shorter side is `side`, or less where the longer one would pass `longest`.
+
+    The other side is rounded down, a shorter side that gives way is rounded to the nearest: DETR's official rule.
+    """
     height, width = picture.image.shape[:2]
     short, long = min(height, width), max(height, width)
     if longest is not None and side * long > longest * short:
         side = max(1, round(longest * short / long))
     other = max(1, side * long // short)
     height, width = (side, other) if height <= width else (other, side)
-    return resize_to(picture, height=height, width=width)
+    return resize_to(picture, height=height, width=width, resampling=resampling)
 
 
 def mirror(picture: Picture) -> Picture:
@@ -119,7 +134,8 @@ def _detr(picture: Picture, rule: ShorterSide, rng: np.random.Generator) -> Pict
     if rng.random() < 0.5:
         picture = mirror(picture)
     if rng.random() < 0.5:
-        picture = resize_shorter(picture, _scaled(int(rng.choice(SCALES_BEFORE_CROP)), rule))
+        before_crop = _scaled(int(rng.choice(SCALES_BEFORE_CROP)), rule)
+        picture = resize_shorter(picture, before_crop, resampling=rule.resampling)
         least, most = (_scaled(side, rule) for side in CROP_SIDES)
         height, width = (
             int(rng.integers(min(least, side), min(most, side), endpoint=True)) for side in picture.image.shape[:2]
@@ -129,7 +145,8 @@ def _detr(picture: Picture, rule: ShorterSide, rng: np.random.Generator) -> Pict
             for old, new in zip(picture.image.shape[:2], (height, width), strict=True)
         )
         picture = crop(picture, left=left, top=top, width=width, height=height)
-    return resize_shorter(picture, _scaled(int(rng.choice(SCALES)), rule), longest=rule.longest)
+    side = _scaled(int(rng.choice(SCALES)), rule)
+    return resize_shorter(picture, side, longest=rule.longest, resampling=rule.resampling)
 
 
 def _scaled(side: int, rule: ShorterSide) -> int:

@@ -1,9 +1,14 @@
 """Geometry: boxes move with the pixels, whatever is done to a picture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF  # noqa: N812 - the name everybody knows
 
 from core.config import FixedSize, ShorterSide
+from core.data.decoding import decode
 from core.data.pictures import Picture
 from core.data.transforms import augment, crop, mirror, resize, resize_shorter, resize_to, symmetry, transpose
 from core.seeding import numpy_stream
@@ -97,6 +102,56 @@ def test_the_shorter_side_rules_unless_the_longer_passes_its_limit(size, side, l
     assert resize_shorter(picture, side, longest=longest).image.shape[:2] == expected
     if longest:
         assert resize(picture, ShorterSide(size=side, longest=longest)).image.shape[:2] == expected
+
+
+def official_size(height, width, side, longest):
+    """Compute a size with the official rule in its own arithmetic: floats, truncated or rounded to even."""
+    low, high = float(min(height, width)), float(max(height, width))
+    if high / low * side > longest:
+        side = int(round(longest * low / high))  # noqa: RUF046 - as documented
+    return (int(side * height / width), side) if width < height else (side, int(side * width / height))
+
+
+def test_sizes_equal_the_official_ones_for_all_shapes():
+    """For thousands of shapes both rules give the same height and width."""
+    rng = numpy_stream(0, "sizes")
+    for height, width in rng.integers(33, 700, (3000, 2)).tolist():
+        picture = Picture(
+            image=np.zeros((height, width, 3), np.uint8),
+            boxes_xyxy_px=np.zeros((0, 4), np.float32),
+            labels=np.zeros(0, np.int64),
+            annotation_ids=np.zeros(0, np.int64),
+            picture_id=1,
+            original_size=(height, width),
+        )
+        found = resize_shorter(picture, 80, longest=133).image.shape[:2]
+        assert found == official_size(height, width, 80, 133), (height, width)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (90, 120), (640, 427), (60, 200)])
+def test_pillow_resampling_is_torchvisions(size):
+    """Enlarged or shrunk, pixels equal torchvision's resizing of a Pillow image bit for bit; area's differ."""
+    image = numpy_stream(0, "noise").integers(0, 256, (*size, 3), dtype=np.uint8)
+    picture = replace(painted(*size), image=image)
+    resized = resize(picture, ShorterSide(size=160, longest=266, resampling="pillow"))
+    height, width = resized.image.shape[:2]
+    expected = TF.resize(Image.fromarray(image), [height, width])
+    np.testing.assert_array_equal(resized.image, np.asarray(expected))
+    np.testing.assert_allclose(resized.boxes_xyxy_px[:, 0], picture.boxes_xyxy_px[:, 0] * width / size[1], rtol=1e-6)
+    area = resize(picture, ShorterSide(size=160, longest=266))
+    assert area.image.shape == resized.image.shape
+    assert not np.array_equal(area.image, resized.image)
+
+
+@pytest.mark.parametrize(("mode", "subsampling"), [("RGB", 0), ("RGB", 1), ("RGB", 2), ("L", 0)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_pixels_are_pillows(mode, subsampling, progressive, tmp_path):
+    """In colour and grey, whatever the chroma subsampling, our decoder and Pillow (the official code) agree."""
+    coarse = numpy_stream(0, "jpeg").integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    path = tmp_path / "picture.jpg"
+    smooth = Image.fromarray(coarse).resize((321, 239), Image.Resampling.BICUBIC)
+    smooth.convert(mode).save(path, quality=75, subsampling=subsampling, progressive=progressive)
+    np.testing.assert_array_equal(decode(path), np.asarray(Image.open(path).convert("RGB")))
 
 
 def test_a_fixed_size_is_met_exactly():

@@ -1,0 +1,116 @@
+"""Any checkpoint, ours or an official one, as a detector that knows which categories its labels mean."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from core.checkpoint import FORMAT, CheckpointProblem, is_intact, read_safely, sidecar_of
+from core.config import CocoFolder, ExperimentConfig, FixedSize, ShorterSide
+from core.detector import DetrDetector, build_detector
+from core.official import load_official
+
+Parameters = Literal["raw", "averaged"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedCheckpoint:
+    """A detector in evaluation mode on the CPU, and what it was made with.
+
+    `recipe` is None where the checkpoint is ours; `classes`: a name by category id, in the order of the labels, or the
+    id alone as text where the file names none.
+    """
+
+    detector: DetrDetector
+    config: ExperimentConfig
+    recipe: str | None
+    parameters: Parameters
+    classes: dict[int, str]
+
+    @property
+    def resize(self) -> FixedSize | ShorterSide:
+        """How its pictures are resized for scoring."""
+        data = self.config.data
+        return data.resize if isinstance(data, CocoFolder) else FixedSize(height=data.side, width=data.side)
+
+
+def open_checkpoint(
+    path: Path, *, recipe: str | None, parameters: Parameters | None, allow_code: bool
+) -> LoadedCheckpoint:
+    """Read one of our checkpoints, or an official file.
+
+    Args:
+        path: the file.
+        recipe: of an official file, where its tensors fit several.
+        parameters: raw or averaged weights; None for what the configuration scores, where there are such.
+        allow_code: whether a configuration may name parts of the user's own, whose code is then run.
+
+    Raises:
+        CheckpointProblem: if the file cannot be read safely, does not fit, or lacks what is asked for.
+    """
+    content = read_safely(path)
+    if "format" in content and "raw" in content:
+        return _ours(content, path, recipe=recipe, parameters=parameters, allow_code=allow_code)
+    if parameters == "averaged":
+        raise CheckpointProblem(f"{path}: official files hold no averaged weights: use --parameters raw")
+    official = load_official(content, path=path, recipe=recipe)
+    return LoadedCheckpoint(
+        detector=official.detector,
+        config=_as_evaluated_officially(official.config),
+        recipe=official.recipe,
+        parameters="raw",
+        classes={category_id: str(category_id) for category_id in range(official.num_classes)},
+    )
+
+
+def _ours(
+    content: dict[str, Any], path: Path, *, recipe: str | None, parameters: Parameters | None, allow_code: bool
+) -> LoadedCheckpoint:
+    if content["format"] != FORMAT:
+        raise CheckpointProblem(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
+    if sidecar_of(path).is_file() and not is_intact(path):
+        raise CheckpointProblem(f"{path}: is damaged: its checksum is not the one in {sidecar_of(path).name}")
+    if recipe is not None:
+        raise CheckpointProblem(f"{path}: one of our checkpoints, which holds its own configuration: omit --recipe")
+    if "config" not in content:
+        raise CheckpointProblem(
+            f"{path}: was written before checkpoints held their configuration and classes: train it again"
+        )
+    config = ExperimentConfig.model_validate(content["config"])
+    if (targets := sorted(set(_custom_targets(content["config"])))) and not allow_code:
+        raise CheckpointProblem(f"{path}: uses code of your own ({', '.join(targets)}): allow it with --allow-code")
+    if parameters == "averaged" and content["averaged"] is None:
+        raise CheckpointProblem(
+            f"{path}: holds no averaged weights (training.ema_decay was null): use --parameters raw"
+        )
+    wanted = parameters or config.evaluation.parameters
+    used: Parameters = "raw" if content["averaged"] is None else wanted
+    classes: dict[int, str] = content["classes"]
+    detector = build_detector(_without_pretrained(config), num_classes=len(classes), seed=0)
+    detector.load_state_dict(content[used])
+    return LoadedCheckpoint(detector=detector.eval(), config=config, recipe=None, parameters=used, classes=classes)
+
+
+def _as_evaluated_officially(config: ExperimentConfig) -> ExperimentConfig:
+    """Let the recipe resize with Pillow and score pictures one by one, since padding changes the scores."""
+    plain = config.model_dump(mode="json")
+    plain["data"]["resize"]["resampling"] = "pillow"
+    plain["evaluation"]["batch_size"] = 1
+    return ExperimentConfig.model_validate(plain)
+
+
+def _without_pretrained(config: ExperimentConfig) -> ExperimentConfig:
+    """Name no pretrained weights, which the checkpoint's would replace: their file need not be here."""
+    plain = config.model_dump(mode="json")
+    if "weights" in plain["model"].get("backbone", {}):
+        plain["model"]["backbone"]["weights"] = None
+    return ExperimentConfig.model_validate(plain)
+
+
+def _custom_targets(plain: Any) -> Iterator[str]:
+    """Yield the targets of all custom parts."""
+    if isinstance(plain, dict):
+        if plain.get("kind") == "custom":
+            yield plain["target"]
+        for value in plain.values():
+            yield from _custom_targets(value)
