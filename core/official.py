@@ -83,6 +83,7 @@ def load_official(content: Mapping[str, Any], *, path: Path, recipe: str | None)
         if fit.problems:
             raise CheckpointProblem(f"{path}: does not fit recipe {recipe}: {_listed(fit.problems)}")
     detector = build_detector(fit.config, num_classes=fit.num_classes, seed=0)
+    assert isinstance(detector, DetrDetector)  # as all official recipes
     detector.model.load_state_dict(fit.tensors)
     return Official(recipe=fit.recipe, config=fit.config, num_classes=fit.num_classes, detector=detector.eval())
 

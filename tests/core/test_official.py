@@ -22,12 +22,10 @@ BASE = filled(deformable())
 TWO_STAGE = filled(deformable(refine=True, two_stage=True))
 BUILT = cache(official.build_detector)
 
-plain_detr = pytest.mark.skip(reason="needs plain DETR")
-
 # File name, its layout, the number of its tensors as counted in the official code, and the recipes that it fits.
 FILES = [
-    pytest.param(detr(50), 458, ("detr", "detr_dc5"), id="detr_r50", marks=plain_detr),
-    pytest.param(detr(101), 713, ("detr", "detr_dc5"), id="detr_r101", marks=plain_detr),
+    pytest.param(detr(50), 458, ("detr", "detr_dc5"), id="detr_r50"),
+    pytest.param(detr(101), 713, ("detr", "detr_dc5"), id="detr_r101"),
     pytest.param(deformable(), 561, ("deformable",), id="base"),
     pytest.param(deformable(101), 816, ("deformable",), id="base_r101"),
     pytest.param(
@@ -124,13 +122,13 @@ def test_the_encoder_heads_are_the_seventh():
     """In two stages class_embed.6 and bbox_embed.6 judge the encoder's tokens; enc_output and pos_trans have places."""
     state = TWO_STAGE
     model = load_official({"model": state}, path=HERE, recipe=None).detector.model
-    ours = {name.replace(".heads.0.", "."): value for name, value in model.state_dict().items()}
+    ours = model.state_dict()
     for name, theirs in {
-        "encoder_heads.class_head.weight": "class_embed.6.weight",
-        "encoder_heads.box_mlp.hidden.layers.0.weight": "bbox_embed.6.layers.0.weight",
-        "encoder_heads.box_mlp.hidden.layers.1.weight": "bbox_embed.6.layers.1.weight",
-        "encoder_heads.box_mlp.last.bias": "bbox_embed.6.layers.2.bias",
-        "encoder_heads.norm.weight": "transformer.enc_output_norm.weight",
+        "encoder_heads.heads.0.class_head.weight": "class_embed.6.weight",
+        "encoder_heads.heads.0.box_mlp.hidden.layers.0.weight": "bbox_embed.6.layers.0.weight",
+        "encoder_heads.heads.0.box_mlp.hidden.layers.1.weight": "bbox_embed.6.layers.1.weight",
+        "encoder_heads.heads.0.box_mlp.last.bias": "bbox_embed.6.layers.2.bias",
+        "encoder_heads.heads.0.norm.weight": "transformer.enc_output_norm.weight",
         "query_sources.0.norm.weight": "transformer.pos_trans_norm.weight",
         "query_sources.0.projection.weight": "transformer.pos_trans.weight",
     }.items():
