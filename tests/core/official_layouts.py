@@ -134,11 +134,14 @@ def filled(shapes, *, seed=0):
             state[name] = state[original]
         else:
             state[name] = torch.randn(shape, generator=generator)
-            if len(shape) > 1:
+            if name in ("query_embed.weight", "transformer.level_embed"):
+                pass  # embeddings are standard normal
+            elif len(shape) > 1:
                 state[name] *= math.sqrt(2 / math.prod(shape[1:]))
             else:
                 state[name] *= 0.02
                 state[name] += name.endswith(("weight", "running_var"))  # norms and variances are near one
+                state[name] *= 0.2 if name.endswith("bn3.weight") else 1.0  # so that residual blocks add little
     return state
 
 
