@@ -103,9 +103,7 @@ def theirs(recipe, state):
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param("detr", marks=pytest.mark.skip(reason="needs plain DETR")), *list(RECIPES)[1:]]
-)
+@pytest.mark.parametrize("recipe", ["detr", *list(RECIPES)[1:]])
 def test_an_official_file_gives_the_same_output_as_in_transformers(recipe):
     """Logits and boxes of the last layer agree, and depend on query and picture.
 
