@@ -135,7 +135,10 @@ class ContrastiveDenoising(Denoising):
 
 
 class MatchedExtra(nn.Module):
-    """The control of denoising: as many queries in as many groups, from random boxes, matched in each group."""
+    """The control of denoising: as many queries in as many groups, matched in each group.
+
+    They start from one learned content and random boxes of up to half the picture's sides.
+    """
 
     def __init__(self, *, dim: int, groups: int) -> None:
         super().__init__()
