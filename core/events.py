@@ -30,10 +30,12 @@ class StepsTaken:
     step: int
     epoch: float  # passes begun, as a fraction: 1.5 = half of the second epoch
     losses: dict[str, float]
-    grad_norm: float  # mean over the steps, before clipping
+    grad_norm: float  # mean over the steps that were not skipped, before clipping
     learning_rate: float
     pictures_per_s: float
     seconds: float  # training time of the trial so far, all attempts, without evaluation
+    data_share: float | None = None  # of the time, spent waiting for pictures; None in records of earlier versions
+    skipped_steps: int = 0  # whose fp16 gradient overflowed: the weights stayed, the loss scale was halved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +48,11 @@ class EpochFinished:
     grad_norm: float
     learning_rate: float
     pictures_per_s: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of this attempt so far: see core.memory
     seconds: float
     metrics: dict[str, Metrics]
+    data_share: float | None = None  # as in StepsTaken
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,15 +19,48 @@ def steps_per_epoch(num_pictures: int, training: TrainingConfig) -> int:
 
 
 def training_batch(data: DataSplits, config: ExperimentConfig, *, seed: int, step: int) -> Batch:
-    """Return the batch of one step.
+    """Return all pictures of one step as one batch.
 
     Every pass over the training pictures has an order of its own, the passes follow each other without a gap, and a
     picture's augmentation depends on the seed, the pass and the picture only.
     """
-    num_pictures = len(data.train)
     size = config.training.batch_size
+    return _batch(data, config, seed=seed, positions=range(step * size, (step + 1) * size))
+
+
+def training_parts(
+    data: DataSplits, config: ExperimentConfig, *, seed: int, step: int, rank: int, size: int
+) -> tuple[Batch, ...]:
+    """Return the slice of `training_batch` that is process `rank`'s of `size`, in `accumulate` parts.
+
+    Each part is padded on its own.
+    """
+    length = part_length(config.training, size)
+    first = step * config.training.batch_size + rank * config.training.accumulate * length
+    starts = range(first, first + config.training.accumulate * length, length)
+    return tuple(_batch(data, config, seed=seed, positions=range(start, start + length)) for start in starts)
+
+
+def part_length(training: TrainingConfig, size: int) -> int:
+    """Return the pictures of each part, where `size` processes do `accumulate` parts of a step each.
+
+    Raises:
+        ValueError: if the step's pictures do not divide into as many equal parts.
+    """
+    count = size * training.accumulate
+    if training.batch_size % count:
+        raise ValueError(
+            f"training.batch_size {training.batch_size} does not divide into {size} processes x training.accumulate "
+            f"{training.accumulate} equal parts: make it a multiple of {count}"
+        )
+    return training.batch_size // count
+
+
+def _batch(data: DataSplits, config: ExperimentConfig, *, seed: int, positions: range) -> Batch:
+    """Collate the pictures at some positions in the sequence of all passes."""
+    num_pictures = len(data.train)
     pictures: list[Picture] = []
-    for position in range(step * size, (step + 1) * size):
+    for position in positions:
         number, place = divmod(position, num_pictures)
         picture = data.train.read(int(_order(seed, number, num_pictures)[place]))
         pictures.append(_augmented(picture, config.data, numpy_stream(seed, "augment", number, picture.picture_id)))

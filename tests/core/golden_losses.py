@@ -14,7 +14,7 @@ import torch
 
 from core import numerics
 from core.data.splits import open_data
-from core.training import Trainer
+from core.trainer import Trainer
 from workbench.study_file import Selection, load_study
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from core.data.batching import training_batch
 from core.data.splits import open_data
 from core.detector import build_detector
 from core.recipes import RECIPES
-from core.training import Trainer
+from core.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes.json"
 STEPS = 50

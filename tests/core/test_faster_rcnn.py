@@ -17,8 +17,9 @@ from core.data.batching import collate
 from core.data.splits import open_data
 from core.detector import build_detector
 from core.model.regions import FAR_PX, LevelPool, ScaledAnchors
+from core.optimisation import parameter_groups
 from core.seeding import torch_stream
-from core.training import Trainer, parameter_groups
+from core.trainer import Trainer
 from core.types import Batch, Target
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from core.config import ExperimentConfig
 from core.data.batching import collate
 from core.data.splits import open_data
 from core.evaluation.coco_ap import coco_metrics
-from core.training import Trainer
+from core.trainer import Trainer
 
 PICTURES = 8
 TRAINING = {

@@ -29,7 +29,7 @@ from core.evaluation.coco_ap import coco_metrics
 from core.evaluation.score import evaluate, score, without_overlaps
 from core.loss.matcher import HungarianMatcher
 from core.metrics import NUMBER_NAMES
-from core.training import Trainer
+from core.trainer import Trainer
 from core.types import Detections, Target
 
 CPU = torch.device("cpu")

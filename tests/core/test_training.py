@@ -13,7 +13,9 @@ from core.config import ExperimentConfig, LinearDecay, StepDecay, TrainingConfig
 from core.data.splits import open_data
 from core.detector import build_detector
 from core.events import CheckpointSaved, Diverged, EpochFinished, TrainingStarted
-from core.training import Averaged, Trainer, learning_rate_factor, parameter_groups, train
+from core.optimisation import Averaged, learning_rate_factor, parameter_groups
+from core.trainer import Trainer
+from core.training import train
 
 CPU = torch.device("cpu")
 

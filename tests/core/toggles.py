@@ -29,7 +29,7 @@ from core.data.splits import open_data
 from core.evaluation.score import without_overlaps
 from core.recipes import RECIPES
 from core.seeding import torch_stream
-from core.training import Trainer
+from core.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from core.config import (
     TrainingConfig,
 )
 from core.data.splits import open_data
-from core.training import Trainer
+from core.trainer import Trainer
 from workbench import cli
 
 CPU = torch.device("cpu")
