@@ -31,7 +31,7 @@ class LearnedQueries(nn.Module):
     ) -> QuerySet:
         """Return the same queries for every picture, unless references are random."""
         like = memory.tokens
-        zeros = like.new_zeros(len(like), self.num_queries, self.dim, dtype=torch.float32)
+        zeros = like.new_zeros(len(like), self.num_queries, self.dim)
         return QuerySet(
             content=zeros if self.content is None else self.content.weight.expand(len(like), -1, -1),
             position=None if self.position is None else self.position.weight.expand(len(like), -1, -1),
