@@ -1,5 +1,6 @@
 """The largest memory of a trial, also where several trials run one after another in one process."""
 
+import ctypes
 import gc
 import resource
 import sys
@@ -21,6 +22,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _can_reset():
+        _return_free_memory()
         _CLEAR.write_text("5", encoding="ascii")  # sets VmHWM to the present VmRSS: man proc_pid_clear_refs
 
 
@@ -37,6 +39,13 @@ def peak_memory_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _return_free_memory() -> None:
+    """Give what the C library keeps for later back to the system, where it is glibc: else it counts as resident."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _can_reset() -> bool:

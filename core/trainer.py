@@ -134,7 +134,9 @@ class Trainer:
                 size=self.world.size,
                 pin=self.device.type == "cuda",
             )
-        parts = next(self._batches)
+        parts = next(self._batches, None)
+        if parts is None:
+            raise ValueError(f"all {self.total_steps} steps of this training are taken")
         self.waited += time.perf_counter() - began
         return parts
 

@@ -15,8 +15,7 @@ from toggles import BASES, alternatives, fields, get, is_operational, name_of, o
 ELSEWHERE = {
     r"data=coco": "needs a folder: test_coco_folder.py",
     r".*\.compile=True": "compiles for a minute: test_training_at_scale.py",
-    r".*\.data_workers=.*": "starts processes: test_data_workers.py",
-    r"training\.precision=fp16": "GPUs only: test_precision.py",
+    r".*\.data_workers=.*": "starts processes: test_training_at_scale.py",
 }
 # (base, toggle) that change nothing, and why.
 INERT = {

@@ -261,7 +261,7 @@ def observe(config: ExperimentConfig, *, steps: int = 2) -> Observed:
     start = {name: value.clone() for name, value in trainer.detector.state_dict().items()}
     batch = training_batch(data, config, seed=0, step=0)
     reached = _reached(trainer.detector, batch)
-    losses = tuple(trainer.step()[0]["total"] for _ in range(steps))
+    losses = tuple(trainer.step()[0]["total"] for _ in range(min(steps, trainer.total_steps)))
     detector = trainer.detector
     if config.evaluation.parameters == "averaged" and trainer.averaged is not None:
         detector = trainer.averaged.model
