@@ -731,6 +731,8 @@ class ExperimentConfig(Part):
     def _problems(self) -> Iterator[str]:
         model = self.model
         if model.kind != "detr":
+            if self.evaluation.decoder_steps is not None:
+                yield f"model {model.kind} has no decoder to run longer: set evaluation.decoder_steps to null"
             return
         supervision = model.encoder_supervision
         of_encoder = supervision.classification if supervision else None

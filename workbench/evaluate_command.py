@@ -8,13 +8,14 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.ops import batched_nms
 
 from core.checkpoint import CheckpointProblem
-from core.config import CocoFolder, EvaluationConfig
+from core.config import CocoFolder
+from core.custom import CustomProblem, given_as_text
 from core.data.batching import scoring_batches
 from core.data.coco import open_scored
 from core.data.pictures import GroundTruth, PictureSet
@@ -23,13 +24,13 @@ from core.evaluation.categories import Categories, Relabelled
 from core.evaluation.checkpoints import LoadedCheckpoint, open_checkpoint
 from core.evaluation.coco_ap import coco_metrics
 from core.evaluation.losses import mean_losses
+from core.evaluation.score import candidates, chosen, with_proposal_recall
 from core.metrics import Metrics
 from core.types import Detections
 from workbench import durable
 from workbench.errors import DataError, WorkbenchError
 from workbench.labels import METRICS, POINTS
 
-KEPT_FOR_NMS = 300  # detections a picture that NMS chooses from, as when trials are scored
 PROGRESS_SECONDS = 30.0
 
 
@@ -51,6 +52,21 @@ def evaluate(options: Namespace, *, tell: Callable[[str], None]) -> dict[str, An
     Raises:
         WorkbenchError: if an option, the checkpoint or the pictures cannot be used; nothing has been computed then.
     """
+    code = _code_beside(options.checkpoint) if options.allow_code else {}
+    try:
+        with given_as_text(code, folder=options.checkpoint.parent.parent / "code"):
+            return _evaluated(options, tell=tell)
+    except CustomProblem as problem:
+        raise WorkbenchError(f"--checkpoint {options.checkpoint}: {problem}") from problem
+
+
+def _code_beside(checkpoint: Path) -> dict[str, str]:
+    """Return the code of one's own that the checkpoint's trial ran, by module, from its spec.json."""
+    spec = durable.read_json(checkpoint.parent.parent / "spec.json")
+    return {} if spec is None else spec.get("code", {})
+
+
+def _evaluated(options: Namespace, *, tell: Callable[[str], None]) -> dict[str, Any]:
     began = time.perf_counter()
     device = _device(options.device)
     if options.predictions is not None and options.predictions.is_dir():
@@ -99,11 +115,11 @@ def _score(
 ) -> tuple[Metrics, list[Detections]]:
     """Return the COCO numbers and the detections that they are of, with the model's labels."""
     how = loaded.config.evaluation
-    kept = how.top_k if how.nms_iou is None else max(how.top_k, KEPT_FOR_NMS)
     found: list[Detections] = []
     told = time.perf_counter()
     for batch in scoring_batches(data.pictures, range(len(data.pictures)), batch_size=how.batch_size):
-        found.extend(_chosen(one, how) for one in loaded.detector.detect(batch.to(device), top_k=kept))
+        detected = loaded.detector.detect(batch.to(device), top_k=candidates(how))
+        found.extend(chosen(one, how) for one in detected)
         if time.perf_counter() - told > PROGRESS_SECONDS:
             told = time.perf_counter()
             tell(f"{len(found)} of {len(data.pictures)} pictures")
@@ -113,15 +129,7 @@ def _score(
         class_names=data.class_names,
         picture_ids=data.pictures.picture_ids,
     )
-    return metrics, found
-
-
-def _chosen(found: Detections, how: EvaluationConfig) -> Detections:
-    """Keep the best detections, after NMS where there is one."""
-    if how.nms_iou is not None:
-        kept = batched_nms(found.boxes_xyxy_px.double(), found.scores.double(), found.labels, how.nms_iou)
-        found = found.keep(kept.sort().values)
-    return found.best(how.top_k)
+    return with_proposal_recall(metrics, found), found
 
 
 def _pictures(loaded: LoadedCheckpoint, options: Namespace) -> _Pictures:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from core.checkpoint import FORMAT, CheckpointProblem, is_intact, read_safely, sidecar_of
 from core.config import CocoFolder, ExperimentConfig, FixedSize, ShorterSide
-from core.detector import DetrDetector, build_detector
+from core.detector import AnyDetector, build_detector
 from core.official import load_official
 
 Parameters = Literal["raw", "averaged"]
@@ -21,7 +23,7 @@ class LoadedCheckpoint:
     id alone as text where the file names none.
     """
 
-    detector: DetrDetector
+    detector: AnyDetector
     config: ExperimentConfig
     recipe: str | None
     parameters: Parameters
@@ -76,7 +78,11 @@ def _ours(
         raise CheckpointProblem(
             f"{path}: was written before checkpoints held their configuration and classes: train it again"
         )
-    config = ExperimentConfig.model_validate(content["config"])
+    try:
+        config = ExperimentConfig.model_validate(content["config"])
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise CheckpointProblem(f"{path}: has a configuration of another version ({told}): train it again") from error
     if (targets := sorted(set(_custom_targets(content["config"])))) and not allow_code:
         raise CheckpointProblem(f"{path}: uses code of your own ({', '.join(targets)}): allow it with --allow-code")
     if parameters == "averaged" and content["averaged"] is None:

@@ -8,7 +8,7 @@ import torch
 
 from core.data.batching import collate
 from core.data.pictures import PictureSet
-from core.detector import DetrDetector
+from core.detector import AnyDetector
 from core.seeding import torch_stream
 
 
@@ -28,7 +28,7 @@ class MeanLosses:
 
 
 def mean_losses(
-    detector: DetrDetector, *, pictures: PictureSet, indices: Sequence[int], device: torch.device
+    detector: AnyDetector, *, pictures: PictureSet, indices: Sequence[int], device: torch.device
 ) -> MeanLosses:
     """Compute every loss term with each picture alone in its batch, normalised by its own boxes.
 

@@ -19,6 +19,7 @@ from core.metrics import Metrics
 from core.types import Detections, Detector
 
 KEPT_PAIRS = 300  # (query, class) pairs a picture that are kept as evidence
+NMS_CANDIDATES = 1000  # (query, class) pairs a picture that NMS chooses from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,15 +45,26 @@ def score(
     """
     found: list[Detections] = []
     for batch in scoring_batches(data.scored, indices, batch_size=config.batch_size):
-        found.extend(detector.detect(batch.to(device), top_k=max(config.top_k, KEPT_PAIRS)))
-    scored = found if config.nms_iou is None else [without_overlaps(one, iou=config.nms_iou) for one in found]
+        found.extend(detector.detect(batch.to(device), top_k=max(candidates(config), KEPT_PAIRS)))
     metrics = coco_metrics(
-        [detections.best(config.top_k) for detections in scored],
+        [chosen(detections, config) for detections in found],
         data.ground_truth,
         class_names=data.class_names,
         picture_ids=[data.scored.picture_ids[index] for index in indices],
     )
-    return replace(metrics, ar50_proposals=_proposal_recall(found, metrics.num_boxes)), found
+    return with_proposal_recall(metrics, found), found
+
+
+def candidates(config: EvaluationConfig) -> int:
+    """Return how many detections a picture a detector is asked for, so that `chosen` can choose."""
+    return config.top_k if config.nms_iou is None else max(config.top_k, NMS_CANDIDATES)
+
+
+def chosen(detections: Detections, config: EvaluationConfig) -> Detections:
+    """Keep the detections that are scored: the best `top_k`, after NMS where there is one."""
+    if config.nms_iou is not None:
+        detections = without_overlaps(detections, iou=config.nms_iou)
+    return detections.best(config.top_k)
 
 
 def without_overlaps(detections: Detections, *, iou: float) -> Detections:
@@ -78,9 +90,11 @@ def evaluate(
     return Evaluation(metrics=metrics, predictions=_columns(found), seconds=time.perf_counter() - began)
 
 
-def _proposal_recall(found: list[Detections], num_boxes: int) -> float | None:
+def with_proposal_recall(metrics: Metrics, found: Sequence[Detections]) -> Metrics:
+    """Add the share of true boxes that selected encoder proposals recall, where queries are selected."""
     recalled = [detections.recalled for detections in found if detections.recalled is not None]
-    return sum(recalled) / num_boxes if recalled and num_boxes else None
+    share = sum(recalled) / metrics.num_boxes if recalled and metrics.num_boxes else None
+    return replace(metrics, ar50_proposals=share)
 
 
 def _columns(found: list[Detections]) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from core.config import (
     Decoder,
@@ -197,19 +196,3 @@ def test_too_few_tokens_are_told():
     model = _model("two_stage", queries=SelectedQueries(num_queries=300))
     with pytest.raises(ValueError, match=r"300 queries are asked of \d+ valid tokens: lower model.queries.num_queries"):
         model(_batch((64, 64)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"query_position": "sine_of_reference"}, "needs box references: set queries.reference to box"),
-        ({"queries": SelectedQueries()}, "set encoder_supervision to"),
-        ({"strides": (16, 8)}, "must rise"),
-        ({"hidden_dim": 36, "num_heads": 4}, "not divisible by 8"),
-        ({"encoder_supervision": EncoderSupervision(tokens="selected")}, "set tokens to all"),
-    ],
-)
-def test_illegal_combinations_are_refused_with_the_remedy(changes, message):
-    """Each rule across fields is told in words, with what to change."""
-    with pytest.raises(ValidationError, match=message):
-        ModelConfig(**changes)

@@ -35,6 +35,11 @@ def ours(folder, tmp_path_factory):
     return trained(config_of(folder), tmp_path_factory.mktemp("ours"))
 
 
+def _of_another_version(state):
+    state["config"]["model"]["colour"] = "red"
+    return state
+
+
 def _with_custom_head(state):
     state["config"]["model"]["box_head"] = {"kind": "custom", "target": "mine:Head", "args": {}}
     return state
@@ -54,6 +59,8 @@ def _with_custom_head(state):
         ),
         (rewritten(lambda state: state | {"averaged": None}), ["--parameters", "averaged"], "use --parameters raw"),
         (rewritten(_with_custom_head), [], "code of your own (mine:Head): allow it with"),
+        (rewritten(_with_custom_head), ["--allow-code"], "target mine:Head cannot be found"),
+        (rewritten(_of_another_version), [], "a configuration of another version (model.detr.colour: Extra inputs"),
         (None, ["--recipe", "detr"], "holds its own configuration: omit --recipe"),
         (None, ["--data", "{tmp}/none"], "{tmp}/none: a folder of pictures was looked for, nothing is there"),
         (None, ["--data", "{tmp}"], "instances_val.json: no such file"),
