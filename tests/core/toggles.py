@@ -278,8 +278,11 @@ def observe(config: ExperimentConfig, *, steps: int = 2) -> Observed:
 
 
 def _reached(detector: nn.Module, batch) -> frozenset[str]:
-    """Return the parameters that the loss of a batch reaches, with no last layer at zero that would hide others."""
-    detector = copy.deepcopy(detector).train()
+    """Return the parameters that the loss of a batch reaches, with nothing that would hide some.
+
+    That is a last layer at zero, or a block that is dropped by chance (in evaluation mode none is).
+    """
+    detector = copy.deepcopy(detector).eval()
     generator = torch_stream(0, "no last layer at zero")
     for module in detector.modules():
         if isinstance(module, nn.Linear) and not module.weight.any():
