@@ -43,9 +43,8 @@ def make_plan(study: Study, *, pictures_needed: bool = False) -> Plan:
     for seed in study.seeds:
         for variant in study.variants:
             spec, evaluations = _spec(variant.config, seed, fingerprints[variant.name], code[variant.name])
-            if earlier := specs.get(spec.trial_id):  # variants that differ in their evaluation only share their trials
-                spec.evaluations.update(earlier.evaluations)
-            specs[spec.trial_id] = spec
+            # Variants that differ in their evaluation only share their trials, which are watched as the first one says.
+            specs.setdefault(spec.trial_id, spec).evaluations.update(spec.evaluations)
             trial = PlannedTrial(variant=variant.name, seed=seed, trial_id=spec.trial_id, evaluations=evaluations)
             trials.append(trial)
     identity = {

@@ -50,6 +50,7 @@ def test_variants_that_differ_in_nms_train_once_and_are_scored_apart(run, store)
         none, half = (trial for trial in plan.trials if trial.seed == seed)
         assert none.trial_id == half.trial_id
         assert not set(none.evaluations.values()) & set(half.evaluations.values())
+        assert plan.specs[none.trial_id].config.evaluation.nms_iou is None  # curves are the baseline's
         record = results.records[none.trial_id]
         assert record.attempts == 1
         assert record.metrics.keys() == {*none.evaluations.values(), *half.evaluations.values()}
