@@ -5,8 +5,9 @@ key `part.kind` switches a part to another kind and keeps what lower layers set 
 Later layers win. Everything set is kept with its place, so that an error found in the resolved configuration is told
 where it was written.
 
-A layer that `scales` (a profile) sets what it finds: a key that the part's kind does not have waits for a later layer
-to choose a kind that has it, and is dropped when none does.
+A layer that `scales` (a profile) sets what it finds: a kind that recipe or study named is not switched by a dotted key,
+and a key that the part's kind does not have waits for a later layer to choose a kind that has it, and is dropped when
+none does.
 """
 
 import re
@@ -140,10 +141,15 @@ def apply(layers: Iterable[Layer]) -> Settings:
     """Lay the layers over the defaults; the result holds every key of the kinds that were chosen."""
     settings = _defaults(ExperimentConfig(), "")
     waiting: list[tuple[Assignment, str]] = []
+    named: set[str] = set()  # kinds that recipe and study name by themselves
     for layer in layers:
         replaced: list[str] = []  # parts whose kind the layer itself chooses: there it must know the keys
         for item in layer.assignments:
             chosen = any(item.key.startswith(f"{part}.") for part in replaced)
+            if layer.scales and not chosen and item.key in named:
+                continue
+            if not layer.scales and item.key.endswith(".kind"):
+                named.add(item.key)
             if layer.scales and not chosen and not _fits(item.key, settings):
                 waiting.append((item, layer.label))
                 continue

@@ -145,6 +145,15 @@ def test_profile_scales_the_kind_that_a_variant_chooses(read):
     assert supervised.model.encoder_supervision.anchor_scale == 0.1
 
 
+def test_profile_does_not_switch_a_kind_that_recipe_or_study_names(read):
+    """Plain DETR keeps its cross-entropy, a study its backbone; where nobody named a kind, the profile's holds."""
+    profile = SCALE + "  loss.classification.kind: iou_aware\n"
+    plain, _, _ = read("detr", profile=profile)
+    assert (plain.loss.classification.kind, plain.model.backbone.kind) == ("cross_entropy", "small_resnet")
+    swin, _, _ = read(base="model.backbone: {kind: swin_v2}", profile=profile)
+    assert (swin.loss.classification.kind, swin.model.backbone.kind) == ("iou_aware", "swin_v2")
+
+
 @pytest.mark.parametrize(
     "change", [{"recipe": "faster_rcnn", "other": "model.anchor_scale: 0.1"}, {"base": "model.kind: faster_rcnn"}]
 )
