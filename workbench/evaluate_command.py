@@ -6,30 +6,34 @@ The options come from the command line; what is computed is in `core.evaluation`
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torchvision.ops import batched_nms
 
-from core.checkpoint import CheckpointProblem
-from core.config import CocoFolder, EvaluationConfig
+from core.checkpoint import CheckpointProblem, read_safely
+from core.config import CocoFolder
+from core.custom import CustomProblem, given_as_text
 from core.data.batching import scoring_batches
 from core.data.coco import open_scored
 from core.data.pictures import GroundTruth, PictureSet
 from core.data.splits import DataProblem, left_out, open_data
 from core.evaluation.categories import Categories, Relabelled
-from core.evaluation.checkpoints import LoadedCheckpoint, open_checkpoint
+from core.evaluation.checkpoints import LoadedCheckpoint, custom_targets, load_detector
 from core.evaluation.coco_ap import coco_metrics
 from core.evaluation.losses import mean_losses
+from core.evaluation.score import chosen, num_candidates, with_proposal_recall
 from core.metrics import Metrics
 from core.types import Detections
 from workbench import durable
 from workbench.errors import DataError, WorkbenchError
 from workbench.labels import METRICS, POINTS
+from workbench.user_code import code_of_trial
 
-KEPT_FOR_NMS = 300  # detections a picture that NMS chooses from, as when trials are scored
 PROGRESS_SECONDS = 30.0
 
 
@@ -57,12 +61,31 @@ def evaluate(options: Namespace, *, tell: Callable[[str], None]) -> dict[str, An
         raise WorkbenchError(f"{options.predictions}: is a folder; --predictions needs the name of a file")
     if options.num_pictures is not None and options.num_pictures < 1:
         raise WorkbenchError(f"--num-pictures {options.num_pictures}: at least 1 picture is needed")
+    with _opened(options) as loaded:
+        return {**_described(loaded, options, device, tell), "seconds": time.perf_counter() - began}
+
+
+@contextmanager
+def _opened(options: Namespace) -> Iterator[LoadedCheckpoint]:
+    """Yield what the checkpoint holds; within the block its own code, where it has some, can be found and run."""
+    path: Path = options.checkpoint
     try:
-        loaded = open_checkpoint(
-            options.checkpoint, recipe=options.recipe, parameters=options.parameters, allow_code=options.allow_code
-        )
+        content = read_safely(path)
+        targets = custom_targets(content) if options.allow_code else ()
+        with TemporaryDirectory() as folder, given_as_text(code_of_trial(path, targets), folder=Path(folder)):
+            yield load_detector(
+                content, path=path, recipe=options.recipe, parameters=options.parameters, allow_code=options.allow_code
+            )
     except CheckpointProblem as problem:
         raise WorkbenchError(f"--checkpoint {problem}") from problem
+    except CustomProblem as problem:
+        raise WorkbenchError(f"--checkpoint {path}: {problem}") from problem
+
+
+def _described(
+    loaded: LoadedCheckpoint, options: Namespace, device: torch.device, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Score, write the predictions where they are asked for, and return all that is told but the time."""
     try:
         data = _pictures(loaded, options)
     except DataProblem as problem:
@@ -91,19 +114,19 @@ def evaluate(options: Namespace, *, tell: Callable[[str], None]) -> dict[str, An
         described |= {"grad_norm": losses.grad_norm}
     if options.predictions is not None:
         durable.write_text(options.predictions, json.dumps(results) + "\n")
-    return {**described, "seconds": time.perf_counter() - began}
+    return described
 
 
 def _score(
     loaded: LoadedCheckpoint, data: _Pictures, device: torch.device, tell: Callable[[str], None]
 ) -> tuple[Metrics, list[Detections]]:
-    """Return the COCO numbers and the detections that they are of, with the model's labels."""
+    """Return the numbers, as `core.evaluation.score` does, and the detections that they are of, with model labels."""
     how = loaded.config.evaluation
-    kept = how.top_k if how.nms_iou is None else max(how.top_k, KEPT_FOR_NMS)
     found: list[Detections] = []
     told = time.perf_counter()
     for batch in scoring_batches(data.pictures, range(len(data.pictures)), batch_size=how.batch_size):
-        found.extend(_chosen(one, how) for one in loaded.detector.detect(batch.to(device), top_k=kept))
+        detected = loaded.detector.detect(batch.to(device), top_k=num_candidates(how))
+        found.extend(chosen(one, how) for one in detected)
         if time.perf_counter() - told > PROGRESS_SECONDS:
             told = time.perf_counter()
             tell(f"{len(found)} of {len(data.pictures)} pictures")
@@ -113,15 +136,7 @@ def _score(
         class_names=data.class_names,
         picture_ids=data.pictures.picture_ids,
     )
-    return metrics, found
-
-
-def _chosen(found: Detections, how: EvaluationConfig) -> Detections:
-    """Keep the best detections, after NMS where there is one."""
-    if how.nms_iou is not None:
-        kept = batched_nms(found.boxes_xyxy_px.double(), found.scores.double(), found.labels, how.nms_iou)
-        found = found.keep(kept.sort().values)
-    return found.best(how.top_k)
+    return with_proposal_recall(metrics, found), found
 
 
 def _pictures(loaded: LoadedCheckpoint, options: Namespace) -> _Pictures:
@@ -184,6 +199,8 @@ def as_text(described: dict[str, Any]) -> str:
     for name, label in METRICS.items():
         value = metrics[name]
         lines.append(f"{label:10}{'nothing to score' if value is None else f'{POINTS * value:6.1f}'}")
+    if metrics["ar50_proposals"] is not None:
+        lines += [f"{'proposals':10}{POINTS * metrics['ar50_proposals']:6.1f}  recall of the selected ones at IoU .5"]
     if described["detections_of_other_categories"]:
         lines += [
             "",
