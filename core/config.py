@@ -732,7 +732,10 @@ class ExperimentConfig(Part):
         model = self.model
         if model.kind != "detr":
             if self.evaluation.decoder_steps is not None:
-                yield f"model {model.kind} has no decoder to run longer: set evaluation.decoder_steps to null"
+                yield (
+                    f"evaluation.decoder_steps repeats layers of DETR's decoder, and model.kind is {model.kind}: "
+                    "set decoder_steps to null or model.kind to detr"
+                )
             return
         supervision = model.encoder_supervision
         of_encoder = supervision.classification if supervision else None

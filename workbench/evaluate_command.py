@@ -6,14 +6,16 @@ The options come from the command line; what is computed is in `core.evaluation`
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from core.checkpoint import CheckpointProblem
+from core.checkpoint import CheckpointProblem, read_safely
 from core.config import CocoFolder
 from core.custom import CustomProblem, given_as_text
 from core.data.batching import scoring_batches
@@ -21,15 +23,16 @@ from core.data.coco import open_scored
 from core.data.pictures import GroundTruth, PictureSet
 from core.data.splits import DataProblem, left_out, open_data
 from core.evaluation.categories import Categories, Relabelled
-from core.evaluation.checkpoints import LoadedCheckpoint, open_checkpoint
+from core.evaluation.checkpoints import LoadedCheckpoint, custom_targets, load_detector
 from core.evaluation.coco_ap import coco_metrics
 from core.evaluation.losses import mean_losses
-from core.evaluation.score import candidates, chosen, with_proposal_recall
+from core.evaluation.score import chosen, num_candidates, with_proposal_recall
 from core.metrics import Metrics
 from core.types import Detections
 from workbench import durable
 from workbench.errors import DataError, WorkbenchError
 from workbench.labels import METRICS, POINTS
+from workbench.user_code import code_of_trial
 
 PROGRESS_SECONDS = 30.0
 
@@ -52,33 +55,37 @@ def evaluate(options: Namespace, *, tell: Callable[[str], None]) -> dict[str, An
     Raises:
         WorkbenchError: if an option, the checkpoint or the pictures cannot be used; nothing has been computed then.
     """
-    code = _code_beside(options.checkpoint) if options.allow_code else {}
-    try:
-        with given_as_text(code, folder=options.checkpoint.parent.parent / "code"):
-            return _evaluated(options, tell=tell)
-    except CustomProblem as problem:
-        raise WorkbenchError(f"--checkpoint {options.checkpoint}: {problem}") from problem
-
-
-def _code_beside(checkpoint: Path) -> dict[str, str]:
-    """Return the code of one's own that the checkpoint's trial ran, by module, from its spec.json."""
-    spec = durable.read_json(checkpoint.parent.parent / "spec.json")
-    return {} if spec is None else spec.get("code", {})
-
-
-def _evaluated(options: Namespace, *, tell: Callable[[str], None]) -> dict[str, Any]:
     began = time.perf_counter()
     device = _device(options.device)
     if options.predictions is not None and options.predictions.is_dir():
         raise WorkbenchError(f"{options.predictions}: is a folder; --predictions needs the name of a file")
     if options.num_pictures is not None and options.num_pictures < 1:
         raise WorkbenchError(f"--num-pictures {options.num_pictures}: at least 1 picture is needed")
+    with _opened(options) as loaded:
+        return {**_described(loaded, options, device, tell), "seconds": time.perf_counter() - began}
+
+
+@contextmanager
+def _opened(options: Namespace) -> Iterator[LoadedCheckpoint]:
+    """Yield what the checkpoint holds; within the block its own code, where it has some, can be found and run."""
+    path: Path = options.checkpoint
     try:
-        loaded = open_checkpoint(
-            options.checkpoint, recipe=options.recipe, parameters=options.parameters, allow_code=options.allow_code
-        )
+        content = read_safely(path)
+        targets = custom_targets(content) if options.allow_code else ()
+        with TemporaryDirectory() as folder, given_as_text(code_of_trial(path, targets), folder=Path(folder)):
+            yield load_detector(
+                content, path=path, recipe=options.recipe, parameters=options.parameters, allow_code=options.allow_code
+            )
     except CheckpointProblem as problem:
         raise WorkbenchError(f"--checkpoint {problem}") from problem
+    except CustomProblem as problem:
+        raise WorkbenchError(f"--checkpoint {path}: {problem}") from problem
+
+
+def _described(
+    loaded: LoadedCheckpoint, options: Namespace, device: torch.device, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Score, write the predictions where they are asked for, and return all that is told but the time."""
     try:
         data = _pictures(loaded, options)
     except DataProblem as problem:
@@ -107,18 +114,18 @@ def _evaluated(options: Namespace, *, tell: Callable[[str], None]) -> dict[str, 
         described |= {"grad_norm": losses.grad_norm}
     if options.predictions is not None:
         durable.write_text(options.predictions, json.dumps(results) + "\n")
-    return {**described, "seconds": time.perf_counter() - began}
+    return described
 
 
 def _score(
     loaded: LoadedCheckpoint, data: _Pictures, device: torch.device, tell: Callable[[str], None]
 ) -> tuple[Metrics, list[Detections]]:
-    """Return the COCO numbers and the detections that they are of, with the model's labels."""
+    """Return the numbers, as `core.evaluation.score` does, and the detections that they are of, with model labels."""
     how = loaded.config.evaluation
     found: list[Detections] = []
     told = time.perf_counter()
     for batch in scoring_batches(data.pictures, range(len(data.pictures)), batch_size=how.batch_size):
-        detected = loaded.detector.detect(batch.to(device), top_k=candidates(how))
+        detected = loaded.detector.detect(batch.to(device), top_k=num_candidates(how))
         found.extend(chosen(one, how) for one in detected)
         if time.perf_counter() - told > PROGRESS_SECONDS:
             told = time.perf_counter()
@@ -192,6 +199,8 @@ def as_text(described: dict[str, Any]) -> str:
     for name, label in METRICS.items():
         value = metrics[name]
         lines.append(f"{label:10}{'nothing to score' if value is None else f'{POINTS * value:6.1f}'}")
+    if metrics["ar50_proposals"] is not None:
+        lines += [f"{'proposals':10}{POINTS * metrics['ar50_proposals']:6.1f}  recall of the selected ones at IoU .5"]
     if described["detections_of_other_categories"]:
         lines += [
             "",

@@ -7,11 +7,12 @@ and into spec.json, so it is this text that runs, wherever the trial does.
 import ast
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import Custom, ExperimentConfig, Part
+from workbench import durable
 from workbench.errors import WorkbenchError
 from workbench.problems import did_you_mean
 from workbench.study import Plan, Study
@@ -103,6 +104,31 @@ def sources(config: ExperimentConfig, *, beside: Path) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise WorkbenchError(f"{part}: its file cannot be read ({error}): restore it") from error
     return found
+
+
+def code_of_trial(checkpoint: Path, targets: Iterable[str]) -> dict[str, str]:
+    """Return the text of each module that a trial's checkpoint names, from the trial's spec.json.
+
+    Args:
+        checkpoint: a file in `checkpoints/` of the trial's folder.
+        targets: the `module:Class` of its custom parts.
+
+    Raises:
+        WorkbenchError: there is no spec.json, or it lacks a text.
+    """
+    modules = {target.split(":")[0]: target for target in targets}
+    if not modules:
+        return {}
+    path = checkpoint.resolve().parent.parent / "spec.json"
+    code = (durable.read_json(path) or {}).get("code", {})
+    if missing := [target for module, target in modules.items() if module not in code]:
+        found = "holds no such text" if path.is_file() else "is not there"
+        raise WorkbenchError(
+            f"--checkpoint {checkpoint}: uses code of your own ({', '.join(missing)}), whose text is looked for in the "
+            f"record of its trial; {path} {found}: name the checkpoint where its trial wrote it, "
+            "runs/trials/ID/checkpoints/"
+        )
+    return {module: code[module] for module in modules}
 
 
 def asked_to_run(study: Study) -> list[str]:

@@ -1,18 +1,19 @@
 """Any checkpoint, ours or an official one, as a detector that knows which categories its labels mean."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from core.checkpoint import FORMAT, CheckpointProblem, is_intact, read_safely, sidecar_of
+from core.checkpoint import FORMAT, CheckpointProblem, is_intact, sidecar_of
 from core.config import CocoFolder, ExperimentConfig, FixedSize, ShorterSide
 from core.detector import AnyDetector, build_detector
 from core.official import load_official
 
 Parameters = Literal["raw", "averaged"]
+OTHER_VERSION = "evaluate it with the version that wrote it, or train it again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,22 +37,28 @@ class LoadedCheckpoint:
         return data.resize if isinstance(data, CocoFolder) else FixedSize(height=data.side, width=data.side)
 
 
-def open_checkpoint(
-    path: Path, *, recipe: str | None, parameters: Parameters | None, allow_code: bool
+def custom_targets(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the targets of the custom parts that a checkpoint's configuration names, sorted; () where it has none."""
+    return tuple(sorted(set(_targets(content["config"])))) if _is_ours(content) and "config" in content else ()
+
+
+def load_detector(
+    content: Mapping[str, Any], *, path: Path, recipe: str | None, parameters: Parameters | None, allow_code: bool
 ) -> LoadedCheckpoint:
-    """Read one of our checkpoints, or an official file.
+    """Build the detector of one of our checkpoints, or of an official file.
 
     Args:
-        path: the file.
+        content: what `read_safely` found.
+        path: where.
         recipe: of an official file, where its tensors fit several.
         parameters: raw or averaged weights; None for what the configuration scores, where there are such.
         allow_code: whether a configuration may name parts of the user's own, whose code is then run.
 
     Raises:
-        CheckpointProblem: if the file cannot be read safely, does not fit, or lacks what is asked for.
+        CheckpointProblem: if the content does not fit, or lacks what is asked for.
+        CustomProblem: if a part of the user's own cannot be built.
     """
-    content = read_safely(path)
-    if "format" in content and "raw" in content:
+    if _is_ours(content):
         return _ours(content, path, recipe=recipe, parameters=parameters, allow_code=allow_code)
     if parameters == "averaged":
         raise CheckpointProblem(f"{path}: official files hold no averaged weights: use --parameters raw")
@@ -65,8 +72,12 @@ def open_checkpoint(
     )
 
 
+def _is_ours(content: Mapping[str, Any]) -> bool:
+    return "format" in content and "raw" in content
+
+
 def _ours(
-    content: dict[str, Any], path: Path, *, recipe: str | None, parameters: Parameters | None, allow_code: bool
+    content: Mapping[str, Any], path: Path, *, recipe: str | None, parameters: Parameters | None, allow_code: bool
 ) -> LoadedCheckpoint:
     if content["format"] != FORMAT:
         raise CheckpointProblem(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
@@ -78,12 +89,8 @@ def _ours(
         raise CheckpointProblem(
             f"{path}: was written before checkpoints held their configuration and classes: train it again"
         )
-    try:
-        config = ExperimentConfig.model_validate(content["config"])
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise CheckpointProblem(f"{path}: has a configuration of another version ({told}): train it again") from error
-    if (targets := sorted(set(_custom_targets(content["config"])))) and not allow_code:
+    config = _validated(content["config"], path)
+    if (targets := custom_targets(content)) and not allow_code:
         raise CheckpointProblem(f"{path}: uses code of your own ({', '.join(targets)}): allow it with --allow-code")
     if parameters == "averaged" and content["averaged"] is None:
         raise CheckpointProblem(
@@ -93,8 +100,23 @@ def _ours(
     used: Parameters = "raw" if content["averaged"] is None else wanted
     classes: dict[int, str] = content["classes"]
     detector = build_detector(_without_pretrained(config), num_classes=len(classes), seed=0)
-    detector.load_state_dict(content[used])
+    try:
+        detector.load_state_dict(content[used])
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise CheckpointProblem(
+            f"{path}: its weights do not fit the detector that this version builds from its configuration ({told}): "
+            f"{OTHER_VERSION}"
+        ) from error
     return LoadedCheckpoint(detector=detector.eval(), config=config, recipe=None, parameters=used, classes=classes)
+
+
+def _validated(plain: Any, path: Path) -> ExperimentConfig:
+    try:
+        return ExperimentConfig.model_validate(plain)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise CheckpointProblem(f"{path}: its configuration is of another version ({told}): {OTHER_VERSION}") from error
 
 
 def _as_evaluated_officially(config: ExperimentConfig) -> ExperimentConfig:
@@ -113,10 +135,10 @@ def _without_pretrained(config: ExperimentConfig) -> ExperimentConfig:
     return ExperimentConfig.model_validate(plain)
 
 
-def _custom_targets(plain: Any) -> Iterator[str]:
+def _targets(plain: Any) -> Iterator[str]:
     """Yield the targets of all custom parts."""
     if isinstance(plain, dict):
         if plain.get("kind") == "custom":
             yield plain["target"]
         for value in plain.values():
-            yield from _custom_targets(value)
+            yield from _targets(value)

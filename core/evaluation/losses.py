@@ -30,10 +30,10 @@ class MeanLosses:
 def mean_losses(
     detector: AnyDetector, *, pictures: PictureSet, indices: Sequence[int], device: torch.device
 ) -> MeanLosses:
-    """Compute every loss term with each picture alone in its batch, normalised by its own boxes.
+    """Compute every loss term with each picture alone in its batch, normalised by what is in it.
 
     The detector must be in evaluation mode: no dropout, and batch norm by its stored statistics. What a loss draws at
-    random (denoising) comes from a stream of the picture's id.
+    random (denoising, the regions that Faster R-CNN samples) comes from a stream of the picture's id.
     """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}

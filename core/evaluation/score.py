@@ -1,7 +1,7 @@
 """Score a detector on pictures, and keep what it predicted."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from core.metrics import Metrics
 from core.types import Detections, Detector
 
 KEPT_PAIRS = 300  # (query, class) pairs a picture that are kept as evidence
-NMS_CANDIDATES = 1000  # (query, class) pairs a picture that NMS chooses from
+NMS_CANDIDATES = 1000  # pairs a picture that NMS chooses from: of a detector that needs it, most are repetitions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,15 +39,15 @@ class Evaluation:
 def score(
     detector: Detector, config: EvaluationConfig, *, data: DataSplits, indices: Sequence[int], device: torch.device
 ) -> tuple[Metrics, list[Detections]]:
-    """Score the pictures `indices` of the scored split; return all detections that are kept before NMS, too.
+    """Score the pictures `indices` of the scored split; return all that was detected, before NMS, too.
 
     The detector must be in evaluation mode.
     """
     found: list[Detections] = []
     for batch in scoring_batches(data.scored, indices, batch_size=config.batch_size):
-        found.extend(detector.detect(batch.to(device), top_k=max(candidates(config), KEPT_PAIRS)))
+        found.extend(detector.detect(batch.to(device), top_k=num_candidates(config)))
     metrics = coco_metrics(
-        [chosen(detections, config) for detections in found],
+        [chosen(one, config) for one in found],
         data.ground_truth,
         class_names=data.class_names,
         picture_ids=[data.scored.picture_ids[index] for index in indices],
@@ -55,16 +55,22 @@ def score(
     return with_proposal_recall(metrics, found), found
 
 
-def candidates(config: EvaluationConfig) -> int:
-    """Return how many detections a picture a detector is asked for, so that `chosen` can choose."""
-    return config.top_k if config.nms_iou is None else max(config.top_k, NMS_CANDIDATES)
+def num_candidates(config: EvaluationConfig) -> int:
+    """Return how many detections of a picture are asked for: what is scored and what is kept are among them."""
+    return max(config.top_k, KEPT_PAIRS if config.nms_iou is None else NMS_CANDIDATES)
 
 
-def chosen(detections: Detections, config: EvaluationConfig) -> Detections:
-    """Keep the detections that are scored: the best `top_k`, after NMS where there is one."""
-    if config.nms_iou is not None:
-        detections = without_overlaps(detections, iou=config.nms_iou)
-    return detections.best(config.top_k)
+def chosen(found: Detections, config: EvaluationConfig) -> Detections:
+    """Return what is scored of a picture: the `top_k` best, after NMS where `nms_iou` asks for it."""
+    kept = found if config.nms_iou is None else without_overlaps(found, iou=config.nms_iou)
+    return kept.best(config.top_k)
+
+
+def with_proposal_recall(metrics: Metrics, found: Iterable[Detections]) -> Metrics:
+    """Add `ar50_proposals`: what the pictures' detectors recalled, as a share of all true boxes."""
+    recalled = [detections.recalled for detections in found if detections.recalled is not None]
+    share = sum(recalled) / metrics.num_boxes if recalled and metrics.num_boxes else None
+    return replace(metrics, ar50_proposals=share)
 
 
 def without_overlaps(detections: Detections, *, iou: float) -> Detections:
@@ -88,13 +94,6 @@ def evaluate(
     detector.to(device).eval()
     metrics, found = score(detector, evaluation, data=data, indices=range(len(data.scored)), device=device)
     return Evaluation(metrics=metrics, predictions=_columns(found), seconds=time.perf_counter() - began)
-
-
-def with_proposal_recall(metrics: Metrics, found: Sequence[Detections]) -> Metrics:
-    """Add the share of true boxes that selected encoder proposals recall, where queries are selected."""
-    recalled = [detections.recalled for detections in found if detections.recalled is not None]
-    share = sum(recalled) / metrics.num_boxes if recalled and metrics.num_boxes else None
-    return replace(metrics, ar50_proposals=share)
 
 
 def _columns(found: list[Detections]) -> dict[str, np.ndarray]:

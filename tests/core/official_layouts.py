@@ -6,8 +6,13 @@ frozen there, so its four buffers are stored and nothing counts batches.
 
 import argparse
 import math
+from contextlib import contextmanager
+from functools import cache
 
+import pytest
 import torch
+
+from core import detector, official
 
 DIM, HEADS, POINTS, LAYERS, CLASSES = 256, 8, 4, 6, 91
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -143,6 +148,29 @@ def filled(shapes, *, seed=0):
                 state[name] += name.endswith(("weight", "running_var"))  # norms and variances are near one
                 state[name] *= 0.2 if name.endswith("bn3.weight") else 1.0  # so that residual blocks add little
     return state
+
+
+@cache
+def _shapes_only(config, num_classes):
+    with torch.device("meta"):
+        return detector.build_detector(config, num_classes=num_classes, seed=0)
+
+
+def _built(config, *, num_classes, seed):
+    if torch.get_default_device().type == "meta":
+        return _shapes_only(config, num_classes)
+    return detector.build_detector(config, num_classes=num_classes, seed=seed)
+
+
+@contextmanager
+def quick_builds():
+    """Build the models that files are compared with once each, and draw no starting weights, which files replace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(official, "build_detector", _built)
+        patch.setattr("core.model.build.initialise", lambda *_, **__: None)
+        for name in ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "uniform_", "normal_"):
+            patch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+        yield
 
 
 def training_file(state):

@@ -55,7 +55,10 @@ CASES = [
     ({"data.resize": {"kind": "fixed"}}, "set augmentation to flip"),
     ({"training.batch_size": 10, "training.accumulate": 3}, "choose a divisor"),
     ({"evaluation.decoder_steps": 9}, "set model.decoder.weights and model.heads to shared"),
-    ({"model": {"kind": "faster_rcnn"}, "evaluation.decoder_steps": 9}, "set evaluation.decoder_steps to null"),
+    (
+        {"model": {"kind": "faster_rcnn"}, "evaluation.decoder_steps": 9},
+        "set decoder_steps to null or model.kind to detr",
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
+from pydantic import ValidationError
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
@@ -83,6 +84,16 @@ def _batch(*sizes, boxes=3):
 
 def _loss(detector, batch, seed=0):
     return detector.loss(batch, torch_stream(seed, "loss"))
+
+
+@pytest.mark.parametrize("model", [{"kind": "faster_rcnn"}, {"kind": "custom", "target": "mine:Detector"}])
+def test_decoder_steps_are_refused_without_a_decoder(model):
+    """What would repeat layers of DETR's decoder is an error where there is none, with the remedy."""
+    plain = {"model": model, "evaluation": {"decoder_steps": 3}}
+    message = f"evaluation.decoder_steps .* model.kind is {model['kind']}: set decoder_steps to null or model.kind to"
+    with pytest.raises(ValidationError, match=message):
+        ExperimentConfig.model_validate(plain)
+    ExperimentConfig.model_validate(plain | {"evaluation": {"decoder_steps": None}})
 
 
 @pytest.mark.parametrize("backbone", [SMALL, RESNET18], ids=["small_resnet", "resnet18"])

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from official_layouts import deformable, detr, filled, training_file
+from official_layouts import deformable, detr, filled, quick_builds, training_file
 
 from core import official
 from core.checkpoint import CheckpointProblem
@@ -17,15 +17,10 @@ from core.official_names import official_layout
 from core.recipes import RECIPES
 
 HERE = pathlib.Path("official.pth")
-SINGLE = filled(deformable(levels=1))
-BASE = filled(deformable())
-TWO_STAGE = filled(deformable(refine=True, two_stage=True))
-BUILT = cache(official.build_detector)
 
-# File name, its layout, the number of its tensors as counted in the official code, and the recipes that it fits.
+# Layout, the number of its tensors as counted in the official code, and the recipes that it fits.
 FILES = [
-    pytest.param(detr(50), 458, ("detr", "detr_dc5"), id="detr_r50"),
-    pytest.param(detr(101), 713, ("detr", "detr_dc5"), id="detr_r101"),
+    pytest.param(detr(), 458, ("detr", "detr_dc5"), id="detr_r50"),
     pytest.param(deformable(), 561, ("deformable",), id="base"),
     pytest.param(deformable(101), 816, ("deformable",), id="base_r101"),
     pytest.param(
@@ -36,38 +31,60 @@ FILES = [
 ]
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """Write files as torch does, and take them away: they are large."""
-    path = tmp_path / "official.pth"
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with quick_builds():
+        yield
 
-    def save(content, **options):
-        torch.save(content, path, **options)
-        return path
 
-    yield save
-    path.unlink(missing_ok=True)
+@cache
+def single():
+    """Values for the single-scale file."""
+    return filled(deformable(levels=1))
+
+
+@cache
+def base():
+    """Values for the file of four scales."""
+    return filled(deformable())
+
+
+@cache
+def two_stage():
+    """Values for the two-stage file."""
+    return filled(deformable(refine=True, two_stage=True))
 
 
 @pytest.mark.parametrize(("shapes", "count", "recipes"), FILES)
-def test_every_published_tensor_is_loaded(shapes, count, recipes, saved):
-    """A file with every published name and shape loads, each value is found in the model, and each of ours is theirs.
+def test_every_published_tensor_is_loaded(shapes, count, recipes):
+    """Content with every published name and shape loads: each value is found in the model, and each of ours is theirs.
 
-    Files that fit two recipes load as either and are refused without a name.
+    Where it fits two recipes, it loads as either and is refused without a name.
     """
     assert len(shapes) == count
     state = filled(shapes)
-    path = saved(training_file(state))
     theirs = checksums(halved({id(tensor): tensor for tensor in state.values()}.values(), state))
     if len(recipes) > 1:
         with pytest.raises(CheckpointProblem, match=f"fits {' and '.join(recipes)}, .*--recipe"):
-            read_official(path)
+            load_official(training_file(state), path=HERE, recipe=None)
     for recipe in recipes:
-        loaded = read_official(path, recipe if len(recipes) > 1 else None)
+        named = recipe if len(recipes) > 1 else None
+        loaded = load_official(training_file(state), path=HERE, recipe=named)
         assert (loaded.recipe, loaded.num_classes) == (recipe, 91)
         assert getattr(loaded.config.model.backbone, "dilation", None) is recipe.endswith("dc5")
         assert not loaded.detector.training
         assert checksums(loaded.detector.model.state_dict().values()) == theirs
+
+
+def test_resnet_101_has_as_many_tensors_as_published():
+    """Depth is read from the names: DETR's larger file is compared with a backbone of 101 layers."""
+    shapes = detr(101)
+    assert len(shapes) == 713
+    nothing = dict.fromkeys(shapes, torch.zeros(1))
+    with pytest.raises(CheckpointProblem, match="does not fit recipe detr: ") as raised:
+        load_official(nothing, path=HERE, recipe="detr")
+    assert "left over" not in str(raised.value)
+    assert "missing" not in str(raised.value)
 
 
 def checksums(tensors):
@@ -120,7 +137,7 @@ def refined(tmp_path_factory):
 
 def test_the_encoder_heads_are_the_seventh():
     """In two stages class_embed.6 and bbox_embed.6 judge the encoder's tokens; enc_output and pos_trans have places."""
-    state = TWO_STAGE
+    state = two_stage()
     model = load_official({"model": state}, path=HERE, recipe=None).detector.model
     ours = model.state_dict()
     for name, theirs in {
@@ -137,31 +154,31 @@ def test_the_encoder_heads_are_the_seventh():
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    """A refused file may not touch a model. Each model is built once, since every refusal compares with all of them."""
+    """A refused file may not touch a model."""
     monkeypatch.setattr(DETR, "load_state_dict", lambda *_: pytest.fail("a file that does not fit was loaded"))
-    monkeypatch.setattr(official, "build_detector", BUILT)
 
 
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize(
     ("state", "name"),
     [
-        (BASE, "query_embed.weight"),
-        (BASE, "transformer.level_embed"),
-        (BASE, "class_embed.0.weight"),
-        (BASE, "class_embed.4.bias"),
-        (BASE, "backbone.0.body.layer3.5.bn2.running_var"),
-        (BASE, "transformer.decoder.layers.5.self_attn.in_proj_bias"),
-        (BASE, "input_proj.3.1.bias"),
-        (TWO_STAGE, "transformer.pos_trans.weight"),
-        (TWO_STAGE, "transformer.enc_output_norm.bias"),
-        (TWO_STAGE, "transformer.decoder.bbox_embed.6.layers.1.weight"),
-        (TWO_STAGE, "transformer.decoder.class_embed.0.bias"),
-        (TWO_STAGE, "class_embed.6.weight"),
+        (base, "query_embed.weight"),
+        (base, "transformer.level_embed"),
+        (base, "class_embed.0.weight"),
+        (base, "class_embed.4.bias"),
+        (base, "backbone.0.body.layer3.5.bn2.running_var"),
+        (base, "transformer.decoder.layers.5.self_attn.in_proj_bias"),
+        (base, "input_proj.3.1.bias"),
+        (two_stage, "transformer.pos_trans.weight"),
+        (two_stage, "transformer.enc_output_norm.bias"),
+        (two_stage, "transformer.decoder.bbox_embed.6.layers.1.weight"),
+        (two_stage, "transformer.decoder.class_embed.0.bias"),
+        (two_stage, "class_embed.6.weight"),
     ],
 )
 def test_a_missing_or_misshapen_tensor_is_named(state, name):
     """Whichever tensor is gone or of another shape, the file is refused with its name and shapes, and only with it."""
+    state = state()
     expected = tuple(state[name].shape)
     lacking = {key: value for key, value in state.items() if key != name}
     with pytest.raises(CheckpointProblem) as raised:
@@ -180,10 +197,10 @@ def test_each_missing_tensor_is_named_without_exception(monkeypatch):
     """Take away every tensor of the two-stage file in turn: the refusal names it, and nothing else, each time."""
     monkeypatch.setattr(official, "DEFORMABLE_RECIPES", ("deformable_two_stage",))
     config = RECIPES["deformable_two_stage"]
-    layout = official_layout(BUILT(config, num_classes=91, seed=0).model.state_dict(), config.model)
+    layout = official_layout(official.build_detector(config, num_classes=91, seed=0).model.state_dict(), config.model)
     monkeypatch.setattr(official, "official_layout", lambda *_: layout)  # computed once
-    for name in TWO_STAGE:
-        lacking = {key: value for key, value in TWO_STAGE.items() if key != name}
+    for name in two_stage():
+        lacking = {key: value for key, value in two_stage().items() if key != name}
         with pytest.raises(CheckpointProblem, match=rf"but {re.escape(name)} is missing, expected shape \([^;]+$"):
             load_official(lacking, path=HERE, recipe=None)
 
@@ -200,17 +217,17 @@ def test_each_missing_tensor_is_named_without_exception(monkeypatch):
 def test_left_over_and_unequal_tensors_are_named(change, told):
     """A tensor without a place, a copy that is none, and a value that is no tensor are refused by name."""
     with pytest.raises(CheckpointProblem) as raised:
-        load_official({**BASE, **change}, path=HERE, recipe=None)
+        load_official({**base(), **change}, path=HERE, recipe=None)
     assert told in str(raised.value)
     assert "nearest is deformable, " in str(raised.value)
 
 
 def test_prefixes_and_counters_are_no_obstacle():
     """`module.` before every name and the counters of batch norm and profilers change nothing."""
-    state = {f"module.{name}": value for name, value in SINGLE.items()}
+    state = {f"module.{name}": value for name, value in single().items()}
     state |= {f"module.{name}": torch.zeros(1) for name in ("total_ops", "backbone.0.body.bn1.num_batches_tracked")}
     loaded = load_official({"model": state}, path=HERE, recipe="deformable_single_scale")
-    assert torch.equal(loaded.detector.model.get_parameter("class_heads.0.weight"), SINGLE["class_embed.0.weight"])
+    assert torch.equal(loaded.detector.model.get_parameter("class_heads.0.weight"), single()["class_embed.0.weight"])
 
 
 def test_other_numbers_of_classes_and_queries_are_read_from_the_shapes():
@@ -226,9 +243,9 @@ def test_other_numbers_of_classes_and_queries_are_read_from_the_shapes():
 def test_a_recipe_that_cannot_fit_says_why():
     """The first problems are named and the rest counted; a recipe without official files lists those that have some."""
     with pytest.raises(CheckpointProblem, match=r"does not fit recipe deformable_two_stage: .*; and [0-9]+ more"):
-        load_official(BASE, path=HERE, recipe="deformable_two_stage")
+        load_official(base(), path=HERE, recipe="deformable_two_stage")
     with pytest.raises(CheckpointProblem, match="no official files of recipe dino are known; choose of detr, "):
-        load_official(BASE, path=HERE, recipe="dino")
+        load_official(base(), path=HERE, recipe="dino")
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,45 @@ class Recorded:
         )
 
 
+class Crowding:
+    """A detector that needs NMS: it finds the first true box of each picture 500 times, and then all of them."""
+
+    def __init__(self):
+        self.asked = set()
+
+    def detect(self, batch, *, top_k):
+        """Return the best `top_k`."""
+        self.asked.add(top_k)
+        return tuple(self._found(target).best(top_k) for target in batch.targets)
+
+    def _found(self, target):
+        count = 500 + len(target.labels)
+        places = torch.cat([torch.zeros(500, dtype=torch.int64), torch.arange(len(target.labels))])
+        return Detections(
+            picture_id=target.picture_id,
+            scores=torch.linspace(0.9, 0.1, count),
+            labels=target.labels[places],
+            boxes_xyxy_px=64 * box_convert(target.boxes, "cxcywh", "xyxy")[places],
+            queries=torch.arange(count),
+            gt_ids=torch.full((count,), -1),
+            layer=0,
+        )
+
+
+def test_nms_chooses_from_more_than_is_kept(data):
+    """Behind 500 repetitions of one box, NMS still finds the others; without NMS they are not asked for."""
+    detector = Crowding()
+    with_nms, found = score(detector, EvaluationConfig(nms_iou=0.9), data=data, indices=range(11), device=CPU)
+    assert with_nms.ar100 == 1.0
+    assert min(len(one.scores) for one in found) > 500
+    without, _ = score(detector, EvaluationConfig(), data=data, indices=range(11), device=CPU)
+    assert without.ar100 < 0.9
+    assert detector.asked == {1000, 300}
+    wide = EvaluationConfig(nms_iou=0.9, top_k=2000)
+    score(detector, wide, data=data, indices=range(1), device=CPU)
+    assert detector.asked == {1000, 300, 2000}
+
+
 @pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 11), (4, [4, 4, 3])])
 def test_pictures_are_scored_in_batches_of_the_evaluations_size(data, batch_size, sizes):
     """`evaluation.batch_size` pictures go through any detector together, which is asked for what is kept."""

@@ -67,11 +67,11 @@ def config_of(folder):
     return ExperimentConfig(model=MODEL, data=data, training=TRAINING)
 
 
-def trained(config, where):
+def trained(config, where, *, steps=12):
     """Train some steps, after which raw and averaged weights are not the same; return the checkpoint."""
     data = open_data(config.data, root=None, cache=None)
     trainer = Trainer(config, seed=0, data=data, device=CPU)
-    for _ in range(12):
+    for _ in range(steps):
         trainer.step()
     return trainer.save(where)
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,22 +14,15 @@ from torchvision.ops import box_iou
 
 from core.checkpoint import load_checkpoint
 from core.config import (
-    EncoderSupervision,
     EvaluationConfig,
     ExperimentConfig,
-    FasterRCNN,
-    SelectedQueries,
     Shapes,
-    SmallResNet,
 )
 from core.data.splits import open_data
 from core.detector import build_detector
 from core.evaluation.score import evaluate as evaluate_trial
 from core.types import Batch, Target
 from workbench import cli
-
-ROOT = Path(__file__).parents[2]
-NO_MLFLOW = ("--tracking-uri", "http://127.0.0.1:9")  # nobody listens: training does not wait for it
 
 
 @pytest.fixture(scope="module")
@@ -256,47 +248,3 @@ def test_the_text_is_in_points(ours, folder, capsys):
 def _with_nms(state, iou):
     state["config"]["evaluation"]["nms_iou"] = iou
     return state
-
-
-def test_a_detector_that_needs_nms_is_scored_with_its_losses(folder, tmp_path, capsys):
-    """Faster R-CNN's checkpoint is evaluated as any other: NMS as configured, recall of no queries, its own losses."""
-    model = FasterRCNN(backbone=SmallResNet(width=8), fpn_dim=16, head_dim=16, proposals=50, anchor_scale=0.2)
-    how = EvaluationConfig(nms_iou=0.5)
-    config = config_of(folder).model_copy(update={"model": model, "evaluation": how})
-    path = trained(config, tmp_path)
-    data = open_data(config.data, root=None, cache=None)
-    expected = evaluate_trial(config, how, data=data, checkpoint=path, device=torch.device("cpu")).metrics
-    told = json.loads(run(capsys, "--checkpoint", path, "--data", folder, "--losses", "--json")[1])
-    assert told["metrics"] == expected.to_json()
-    assert told["metrics"]["ar50_proposals"] is None
-    assert set(told["loss_weights"]) == {f"{s}/0/{n}" for s in ("encoder", "decoder") for n in ("class", "l1")}
-    assert told["grad_norm"] > 0
-
-
-def test_recall_of_selected_proposals_is_that_of_the_trial(folder, tmp_path, capsys):
-    """Where queries are selected, their recall is among the metrics."""
-    changes = {"queries": SelectedQueries(num_queries=10), "encoder_supervision": EncoderSupervision(anchor_scale=0.2)}
-    config = config_of(folder).model_copy(update={"model": MODEL.model_copy(update=changes)})
-    path = trained(config, tmp_path)
-    data = open_data(config.data, root=None, cache=None)
-    how = config.evaluation
-    expected = evaluate_trial(config, how, data=data, checkpoint=path, device=torch.device("cpu")).metrics
-    told = json.loads(run(capsys, "--checkpoint", path, "--data", folder, "--json")[1])
-    assert told["metrics"]["ar50_proposals"] == expected.ar50_proposals is not None
-
-
-def test_a_part_of_ones_own_is_evaluated_with_its_trials_code(tmp_path, capsys):
-    """The code that the trial ran lies in its spec.json; it runs with --allow-code, and not without."""
-    study, runs = ROOT / "docs" / "examples" / "box_moves.yaml", tmp_path / "runs"
-    chosen = ["--profile", "smoke", "--seeds", "1", "--runs", str(runs)]
-    assert cli.main(["run", str(study), *chosen, "--executor", "inline", "--allow-code", *NO_MLFLOW]) == 0
-    specs = [json.loads(path.read_text()) for path in runs.glob("trials/*/spec.json")]
-    (own,) = [spec["trial_id"] for spec in specs if spec["code"]]
-    checkpoint = max((runs / "trials" / own / "checkpoints").glob("*.pt"))
-    capsys.readouterr()
-    assert run(capsys, "--checkpoint", checkpoint)[0] == 2
-    code, out, _ = run(capsys, "--checkpoint", checkpoint, "--allow-code", "--json")
-    assert code == 0
-    trials = runs / "trials" / own / "evaluations"
-    recorded = [json.loads(path.read_text()) for path in trials.glob("*/metrics.json")]
-    assert json.loads(out)["metrics"]["ap"] in [entry["metrics"]["ap"] for entry in recorded]

@@ -12,15 +12,15 @@ from evaluated import MODEL, config_of, described, make_folder, rewritten, run, 
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF  # noqa: N812 - the name everybody knows
 
-from core.checkpoint import save_checkpoint, weights_hash
+from core.checkpoint import load_checkpoint, save_checkpoint, weights_hash
 from core.config import ExperimentConfig, ResNet, Shapes
 from core.detector import build_detector
-from core.evaluation.checkpoints import open_checkpoint
+from core.evaluation.checkpoints import load_detector
 from core.official import read_official
 from core.types import Batch, Target
 
 sys.path.append(str(Path(__file__).parent.parent / "core"))  # where the published layouts are written down
-from official_layouts import deformable, filled, training_file
+from official_layouts import deformable, filled, quick_builds, training_file
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,12 @@ def ours(folder, tmp_path_factory):
 
 def _of_another_version(state):
     state["config"]["model"]["colour"] = "red"
+    state["config"]["training"]["lr"] = "fast"
+    return state
+
+
+def _of_other_layers(state):
+    state["config"]["model"]["ffn_dim"] = 40
     return state
 
 
@@ -59,8 +65,14 @@ def _with_custom_head(state):
         ),
         (rewritten(lambda state: state | {"averaged": None}), ["--parameters", "averaged"], "use --parameters raw"),
         (rewritten(_with_custom_head), [], "code of your own (mine:Head): allow it with"),
-        (rewritten(_with_custom_head), ["--allow-code"], "target mine:Head cannot be found"),
-        (rewritten(_of_another_version), [], "a configuration of another version (model.detr.colour: Extra inputs"),
+        (rewritten(_with_custom_head), ["--allow-code"], "code of your own (mine:Head), whose text is looked for in"),
+        (
+            rewritten(_of_another_version),
+            [],
+            "{path}: its configuration is of another version (model.detr.colour: Extra inputs are not permitted; "
+            "training.lr: Input should be a valid number): evaluate it with the version that wrote it, or train",
+        ),
+        (rewritten(_of_other_layers), [], "{path}: its weights do not fit the detector that this version builds"),
         (None, ["--recipe", "detr"], "holds its own configuration: omit --recipe"),
         (None, ["--data", "{tmp}/none"], "{tmp}/none: a folder of pictures was looked for, nothing is there"),
         (None, ["--data", "{tmp}"], "instances_val.json: no such file"),
@@ -69,7 +81,7 @@ def _with_custom_head(state):
         (None, ["--predictions", "{tmp}"], "{tmp}: is a folder; --predictions needs the name of a file"),
     ],
 )
-def test_bad_input_ends_with_2_and_says_what_isrewritten(change, arguments, told, ours, folder, tmp_path, capsys):
+def test_bad_input_ends_with_2_and_says_what_is_wrong(change, arguments, told, ours, folder, tmp_path, capsys):
     """Whatever is wrong is one line with the path or flag, exit code 2, and nothing on standard output."""
     path = tmp_path / "copy.pt"
     shutil.copy(ours, path)
@@ -122,7 +134,8 @@ def test_pretrained_weights_need_not_be_there(tmp_path):
     plain = config.model_dump(mode="json")
     plain["model"]["backbone"]["weights"] = str(tmp_path / "gone.pth")
     state = {"config": plain, "classes": {3: "cup", 7: "plate"}, "raw": detector.state_dict(), "averaged": None}
-    loaded = open_checkpoint(save_checkpoint(tmp_path, 1, state), recipe=None, parameters=None, allow_code=False)
+    path = save_checkpoint(tmp_path, 1, state)
+    loaded = load_detector(load_checkpoint(path), path=path, recipe=None, parameters=None, allow_code=False)
     assert weights_hash(loaded.detector.state_dict()) == weights_hash(detector.state_dict())
     assert (loaded.parameters, loaded.classes) == ("raw", {3: "cup", 7: "plate"})
 
@@ -136,6 +149,14 @@ def official_file(tmp_path_factory):
     path.unlink()
 
 
+@pytest.fixture
+def quick():
+    """Save the time that starting weights take."""
+    with quick_builds():
+        yield
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_official_file_needs_a_recipe_where_two_fit(official_file, folder, capsys):
     """Exit code 2 names the candidates."""
     code, out, err = run(capsys, "--checkpoint", official_file, "--data", folder)
@@ -147,6 +168,7 @@ def test_an_official_file_needs_a_recipe_where_two_fit(official_file, folder, ca
     assert "does not fit recipe deformable_refine: " in err
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_official_file_is_evaluated_as_its_authors_do(official_file, folder, tmp_path, capsys):
     """One picture a batch, Pillow's resizing by the official rule, the 100 best pairs, category ids: as by hand.
 
