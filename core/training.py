@@ -90,6 +90,12 @@ class _Training:
         found = load_newest(self.checkpoints)
         if found is not None:
             trainer.restore(found[0])
+        steps = trainer.world.gather(trainer.num_step)
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"{self.checkpoints}: the processes found checkpoints of steps {steps}, by rank: give all of them one "
+                "folder that they share"
+            )
         self.on_event(
             TrainingStarted(
                 step=trainer.num_step,

@@ -38,8 +38,12 @@ def step_parts(
         worker_init_fn=_begin_worker,
         pin_memory=pin,
     )
-    for sent in loader:
-        yield tuple(_received(*part) for part in sent)
+    ahead: Any = iter(loader)
+    try:
+        for sent in ahead:
+            yield tuple(_received(*part) for part in sent)
+    finally:
+        ahead._shutdown_workers()  # torch has no public way; else they live as long as the traceback of an error
 
 
 class _Steps(Dataset[Any]):

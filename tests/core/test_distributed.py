@@ -12,7 +12,7 @@ import core.trainer
 from core.config import DN, MatchedExtra, ResNet
 from core.data.batching import training_batch, training_parts
 from core.data.splits import open_data
-from core.detector import build_detector
+from core.detector import DetrDetector, build_detector
 from core.distributed import ALONE, World
 from core.events import CheckpointSaved
 from core.trainer import Trainer
@@ -86,8 +86,56 @@ def _process(rank, folder):
             world=world,
         )
         runs.append((result.outcome, result.step, result.weights_hash, str(result.checkpoint)))
-    torch.save({"first": found, "runs": runs, "events": [type(e).__name__ for e in events]}, folder / f"{rank}.pt")
+    torch.save(
+        {
+            "first": found,
+            "runs": runs,
+            "events": [type(e).__name__ for e in events],
+            "diverged": _one_diverges(config, world, folder),
+            "apart": _resume_apart(config, world, folder),
+        },
+        folder / f"{rank}.pt",
+    )
     distributed.destroy_process_group()
+
+
+def _run(config, world, folder):
+    """Train in a folder, to the end."""
+    return train(
+        config,
+        seed=0,
+        data=open_data(config.data, root=None, cache=None),
+        checkpoints=folder,
+        on_event=lambda _: None,
+        should_stop=lambda: False,
+        device=CPU,
+        world=world,
+    )
+
+
+def _one_diverges(config, world, folder):
+    """Let the second process alone meet a number that is not finite, in its second step; return how both end."""
+    calls = []
+
+    def loss(self, batch, generator):
+        calls.append(1)
+        if world.rank == 1 and len(calls) == 2:
+            raise FloatingPointError("a cost is not finite")
+        return whole(self, batch, generator)
+
+    whole = DetrDetector.loss
+    with mock.patch.object(DetrDetector, "loss", loss):
+        result = _run(config, world, folder / "diverging")
+    return result.outcome, result.reason, result.step
+
+
+def _resume_apart(config, world, folder):
+    """Let the second process look for checkpoints elsewhere; return what each is told."""
+    try:
+        _run(config, world, folder / ("checkpoints" if world.rank == 0 else "empty"))
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +189,20 @@ def test_the_first_process_alone_tells_and_writes(two_processes):
     told = [seen["events"] for seen in two_processes]
     assert told[0].count(CheckpointSaved.__name__) >= 4
     assert told[1] == []
+
+
+@pytest.mark.ci
+def test_processes_diverge_together(two_processes):
+    """A number that is not finite in one process ends the trial in both, with its reason; none waits for the other."""
+    assert [seen["diverged"] for seen in two_processes] == [("diverged", "a cost is not finite", 1)] * 2
+
+
+@pytest.mark.ci
+def test_processes_that_find_different_checkpoints_are_refused(two_processes):
+    """Processes that would go on from different steps are told which, and that they need one folder."""
+    for seen in two_processes:
+        assert "checkpoints of steps [12, 0]" in seen["apart"]
+        assert "one folder that they share" in seen["apart"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

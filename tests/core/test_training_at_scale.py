@@ -1,9 +1,14 @@
 """Training with less memory, in lower precision, and with pictures read ahead: what changes, and what must not."""
 
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from toggles import BASES, put
 
 import core.trainer
 from core.config import DN, ContrastiveDN
-from core.data.splits import open_data
+from core.data.splits import DataProblem, open_data
 from core.events import EpochFinished
 from core.trainer import Trainer
 from core.training import train
@@ -72,6 +77,57 @@ def test_pictures_read_ahead_are_the_same(workers, tmp_path):
     assert all(0 <= share <= 1 for share in shares)
 
 
+class Unreadable:
+    """Training pictures of which none can be read."""
+
+    def __init__(self, pictures):
+        self.picture_ids = pictures.picture_ids
+
+    def __len__(self):
+        return len(self.picture_ids)
+
+    def read(self, index):
+        """Fail, as a file does that was removed."""
+        raise DataProblem(f"{index}.jpg: gone")
+
+
+@pytest.mark.parametrize("ending", ["finished", "interrupted", "unreadable"])
+def test_no_reader_outlives_its_training(ending, tmp_path):
+    """The reading processes end with the training, however that ends; what stopped them is raised as it was."""
+    config = put(BASES["deformable"], (("training", "data_workers"), 2), LONGER)
+    others = set(multiprocessing.active_children())
+    running = []
+
+    def should_stop():
+        running.append(len(set(multiprocessing.active_children()) - others))
+        return ending == "interrupted"
+
+    data = open_data(config.data, root=None, cache=None)
+    if ending == "unreadable":
+        data = replace(data, train=Unreadable(data.train))
+    with pytest.raises(DataProblem, match="gone") if ending == "unreadable" else nullcontext():
+        result = train(
+            config, seed=0, data=data, checkpoints=tmp_path, on_event=id, should_stop=should_stop, device=CPU
+        )
+        assert (result.outcome, running[0]) == (ending, 2)
+    assert set(multiprocessing.active_children()) == others
+
+
+def test_readers_leave_stopping_to_the_training():
+    """Ctrl-C reaches every process of a terminal; a reader ignores it, since the training asks for a last step."""
+    config = put(BASES["deformable"], (("training", "data_workers"), 1), LONGER)
+    trainer = _trainer(config)
+    others = set(multiprocessing.active_children())
+    trainer.step()
+    (reader,) = set(multiprocessing.active_children()) - others
+    os.kill(reader.pid, signal.SIGINT)
+    for _ in range(5):
+        trainer.step()
+    assert trainer.num_step == trainer.total_steps
+    trainer.close()
+    assert not reader.is_alive()
+
+
 @pytest.mark.parametrize("name", ["accumulated", "dn", "detr"])
 def test_activation_checkpointing_changes_nothing_but_memory(name):
     """Layers computed again in the backward pass give the same weights bit for bit, dropout included."""
@@ -113,6 +169,17 @@ def test_an_overflowing_fp16_step_is_skipped_and_counted(tmp_path):
     sums = core.trainer.Sums({})
     sums.add(losses, norm, seconds=1.0, waited=0.0)
     assert sums.means(4)["skipped_steps"] == 1
+
+
+def test_an_fp16_gradient_that_no_scale_helps_diverges(monkeypatch):
+    """Once the loss is not scaled up any more, an infinite gradient is an outcome, not a step to skip."""
+    trainer = _trainer(put(BASES["deformable"], (("training", "precision"), "fp16"), LONGER))
+    monkeypatch.setattr(core.trainer, "clip", lambda *_: torch.tensor(math.inf))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.step()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    with pytest.raises(FloatingPointError, match="gradient norm inf at step 1"):
+        trainer.step()
 
 
 def test_the_scale_of_fp16_survives_a_resumption(tmp_path):
