@@ -149,7 +149,7 @@ def fake_results():
                 config=configs[trial.variant],
                 seed=trial.seed,
                 data_root="",
-                data_fingerprint="shapes-1",
+                data_fingerprint="shapes-2",
                 evaluations={"eval-averaged": configs[trial.variant].evaluation},
             )
             for trial in trials

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from core.config import CocoFolder, Data
 
-SHAPES_VERSION = 1
+SHAPES_VERSION = 2
 """Of what `core.data.shapes` draws: bump it when a picture or a box changes. Here, as this file loads without torch."""
 
 SplitName = Literal["train", "val"]

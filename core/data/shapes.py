@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from core.config import Shapes
-from core.data.drawing import CLASS_NAMES, background, clutter, outline, paint
+from core.data.drawing import CLASS_NAMES, STREAMS, background, clutter, outline, paint
 from core.data.fingerprint import SHAPES_VERSION, DataProblem
 from core.data.pictures import DataSplits, GroundTruth, Picture
 from core.seeding import numpy_stream
@@ -95,7 +95,7 @@ def open_shapes(config: Shapes, *, cache: Path | None) -> DataSplits:
 def draw(index: int, side: int) -> Scene:
     """Draw the picture of an index."""
     # Two streams, since how often the painter draws depends on pixels, and so on the side.
-    rng, painter = (numpy_stream(SHAPES_VERSION, name, index) for name in ("scene", "paint"))
+    rng, painter = (numpy_stream(STREAMS, name, index) for name in ("scene", "paint"))
     image = background(side, painter)
     num_clutter = clutter(image, painter)
     boxes, labels = np.empty((0, 4)), []

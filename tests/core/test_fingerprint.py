@@ -81,7 +81,7 @@ def test_an_edit_within_the_same_second_is_seen(folder):
 
 def test_drawn_shapes_are_known_by_their_generator():
     """No folder is needed, and sizes and numbers are the configuration's own identity."""
-    assert fingerprint(Shapes(), root=None) == fingerprint(Shapes(side=64), root=None) == "shapes-1"
+    assert fingerprint(Shapes(), root=None) == fingerprint(Shapes(side=64), root=None) == "shapes-2"
     assert check_folder(Shapes(), None) == []
 
 

@@ -2,18 +2,19 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 
 from core.config import Shapes
-from core.data.drawing import CLASS_NAMES, outline, paint
+from core.data.drawing import CLASS_NAMES, _textures, outline, paint
 from core.data.shapes import FIRST_INDEX, MOST_COVERED, MOST_OBJECTS, SIZES, areas, covered_shares, draw
 from core.data.splits import DataProblem, open_data
 from core.seeding import numpy_stream
 
 SMALL = Shapes(side=48, num_train=6, num_val=4)
 
-# What `SHAPES_VERSION` 1 draws in pictures 0 to 4, side 64.
+# What `SHAPES_VERSION` 2 draws in pictures 0 to 4, side 64.
 GOLDEN_LABELS = [[2, 2, 1], [1, 0, 1, 1, 1], [5, 4, 1, 3, 5], [5, 2, 1, 1], [0, 1, 1, 1, 2]]
 GOLDEN_BOX = [27.8964, 18.442, 41.8659, 33.3275]
 GOLDEN_MEANS = [87.89, 104.63, 68.34, 75.31, 99.65]
@@ -93,12 +94,25 @@ def test_a_ring_shows_what_is_behind_it():
 
 
 def test_the_drawing_moves_only_with_its_version():
-    """Pictures 0 to 4 hold what generator version 1 drew; a change here needs a new `SHAPES_VERSION`."""
+    """Pictures 0 to 4 hold what the generator drew; a change here needs a new `SHAPES_VERSION`."""
     scenes = [draw(index, 64) for index in range(5)]
     assert [scene.labels.tolist() for scene in scenes] == GOLDEN_LABELS
     np.testing.assert_allclose(scenes[0].boxes[0], GOLDEN_BOX, atol=1e-3)
     # Pixels within rounding: another processor may add in another order.
     np.testing.assert_allclose([scene.image.mean() for scene in scenes], GOLDEN_MEANS, atol=0.5)
+
+
+def test_textures_do_not_depend_on_the_process():
+    """Each kind of texture is the same bit for bit with any number of cv2's threads and anywhere in memory."""
+    found = []
+    before = cv2.getNumThreads()
+    for threads in (1, 2, 1):
+        cv2.setNumThreads(threads)
+        _textures.cache_clear()
+        found.append(np.stack(_textures()))
+    cv2.setNumThreads(before)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
 
 
 def test_splits_are_disjoint_and_independent_of_their_numbers():
@@ -143,7 +157,7 @@ def test_the_cache_holds_what_would_be_drawn(tmp_path):
             assert_same(first, second)
         assert cached.ground_truth == memory.ground_truth
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
-        f"shapes-1-{split}-48px-{count}{end}"
+        f"shapes-2-{split}-48px-{count}{end}"
         for split, count in (("train", 6), ("val", 4))
         for end in ("-objects.npz", ".npy")
     ]
@@ -163,7 +177,7 @@ def _cached_sum(cache):
 def test_a_damaged_cache_names_the_file_to_delete(tmp_path):
     """A truncated file of pictures is a clear problem, not a traceback."""
     open_data(SMALL, root=None, cache=tmp_path)
-    path = tmp_path / "shapes-1-val-48px-4.npy"
+    path = tmp_path / "shapes-2-val-48px-4.npy"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataProblem, match=r"shapes-1-val-48px-4.npy: the drawn pictures cannot be read .* delete"):
+    with pytest.raises(DataProblem, match=r"shapes-2-val-48px-4.npy: the drawn pictures cannot be read .* delete"):
         open_data(SMALL, root=None, cache=tmp_path)
