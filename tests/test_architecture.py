@@ -35,6 +35,7 @@ LIGHT = [
     "core.events",
     "core.metrics",
     "core.numerics",
+    "core.parts",
     "workbench.study_file",
     "workbench.plan",
     "workbench.store",

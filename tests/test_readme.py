@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core.config import flatten, scientific
 from core.metrics import COCO_NAMES
+from core.parts import flatten, scientific
 from workbench.cli import build_parser
 from workbench.plan import make_plan
 from workbench.study_file import load_study, profile_names

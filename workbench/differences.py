@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from core.config import ExperimentConfig, flatten, scientific
+from core.config import ExperimentConfig
+from core.parts import flatten, scientific
 from workbench.overrides import clashes
 from workbench.problems import Problems, shown
 from workbench.study import Variant

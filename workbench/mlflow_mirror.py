@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from core.config import flatten, scientific
+from core.parts import flatten, scientific
 from workbench import durable
 from workbench.errors import BusyError, StoreError
 from workbench.mirror_content import (

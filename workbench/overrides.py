@@ -19,11 +19,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from core.config import ExperimentConfig, Part, dotted_keys, flatten, members
+from core.config import ExperimentConfig
+from core.parts import Part, dotted_keys, flatten, members
 from workbench.problems import DEFAULT, Place, Problems, in_words
 from workbench.yaml12 import Document
 
-KEYS = frozenset(dotted_keys())
+KEYS = frozenset(dotted_keys(ExperimentConfig))
 _OF_OTHER_LAYERS = ("extra_forbidden", "value_error", "union_tag_not_found")
 """Errors that a layer alone cannot be blamed for: another one may choose the kind, or the value that a rule needs."""
 

@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from core import numerics
-from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, pretrained_backbone, scientific
+from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, pretrained_backbone
 from core.data.fingerprint import DataProblem, fingerprint, inspect_folder
+from core.parts import scientific
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
 from workbench.study import Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from core.config import ExperimentConfig, Part
+from core.config import ExperimentConfig
+from core.parts import Part
 from core.recipes import RECIPES
 from workbench.overrides import Assignment, Layer
 from workbench.problems import Place

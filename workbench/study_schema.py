@@ -20,8 +20,9 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import ErrorDetails
 
-from core.config import ExperimentConfig, dotted_keys
+from core.config import ExperimentConfig
 from core.metrics import NUMBER_NAMES
+from core.parts import dotted_keys
 from core.recipes import DEFAULT, RECIPES
 from workbench.problems import Problems, as_key, did_you_mean, in_words, shown
 from workbench.yaml12 import Document, Path_
@@ -241,7 +242,9 @@ def json_schema() -> dict[str, Any]:
     study = TypeAdapter(StudyPart).json_schema(ref_template=template)
     parts = TypeAdapter(ExperimentConfig).json_schema(ref_template=template, schema_generator=_Partial)
     definitions = {**parts.pop("$defs"), **study.pop("$defs")}
-    overrides = {key: found for key in dotted_keys() if (found := _schema_at(key.split("."), parts, definitions))}
+    overrides = {
+        key: found for key in dotted_keys(ExperimentConfig) if (found := _schema_at(key.split("."), parts, definitions))
+    }
     definitions["Overrides"] = {"type": "object", "additionalProperties": False, "properties": overrides}
     for part in (study, definitions["VariantPart"], definitions["ProfilePart"]):
         part["properties"]["set"] = {"$ref": "#/$defs/Overrides"}

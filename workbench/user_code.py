@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.config import Custom, ExperimentConfig, Part
+from core.config import Custom, ExperimentConfig
+from core.parts import Part
 from workbench import durable
 from workbench.errors import WorkbenchError
 from workbench.problems import did_you_mean

@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import ValidationError
 from toggles import alternatives, fields, get, is_operational, name_of
 
-from core.config import ExperimentConfig, Part, SwinV2
+from core.config import ExperimentConfig, SwinV2
+from core.parts import Part
 
 Path = tuple[str, ...]
 Choice = tuple[Path, int]  # a factor and the number of its value

@@ -12,21 +12,19 @@ from pydantic import ValidationError
 from torch import nn
 
 from core.config import (
-    OPERATIONAL,
     Custom,
     ExperimentConfig,
     FasterRCNN,
     LearnedQueries,
-    Part,
     ResNet,
     SelectedQueries,
     SmallResNet,
     Timm,
-    members,
 )
 from core.data.batching import training_batch
 from core.data.splits import open_data
 from core.evaluation.score import without_overlaps
+from core.parts import OPERATIONAL, Part, members
 from core.recipes import RECIPES
 from core.seeding import torch_stream
 from core.trainer import Trainer

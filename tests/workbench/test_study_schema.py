@@ -2,7 +2,8 @@
 
 import pytest
 
-from core.config import dotted_keys
+from core.config import ExperimentConfig
+from core.parts import dotted_keys
 from core.recipes import RECIPES
 from workbench.study_schema import json_schema, seconds_of
 
@@ -25,7 +26,7 @@ def test_no_duration(text):
 def test_schema_completes_every_key_of_set():
     """Each dotted key of the configuration can be completed under `set`, and no other key is allowed there."""
     overrides = json_schema()["$defs"]["Overrides"]
-    assert sorted(overrides["properties"]) == sorted(dotted_keys())
+    assert sorted(overrides["properties"]) == sorted(dotted_keys(ExperimentConfig))
     assert overrides["additionalProperties"] is False
 
 
