@@ -94,6 +94,14 @@ def mirror(picture: Picture) -> Picture:
     return replace(picture, image=picture.image[:, ::-1], boxes_xyxy_px=boxes)
 
 
+def turn_over(picture: Picture) -> Picture:
+    """Exchange top and bottom."""
+    height = picture.image.shape[0]
+    boxes = picture.boxes_xyxy_px[:, [0, 3, 2, 1]]
+    boxes[:, [1, 3]] = height - boxes[:, [1, 3]]
+    return replace(picture, image=picture.image[::-1], boxes_xyxy_px=boxes)
+
+
 def transpose(picture: Picture) -> Picture:
     """Exchange rows and columns."""
     return replace(
@@ -106,7 +114,7 @@ def symmetry(picture: Picture, number: int) -> Picture:
     if number & 1:
         picture = mirror(picture)
     if number & 2:
-        picture = transpose(mirror(transpose(picture)))
+        picture = turn_over(picture)
     if number & 4:
         picture = transpose(picture)
     return picture
