@@ -130,7 +130,7 @@ def _columns(detections: Sequence[Detections], ground_truth: GroundTruth, scored
 
 def _joined(tensors: Sequence[torch.Tensor]) -> np.ndarray:
     """Return tensors one after the other, as float64."""
-    return torch.cat([tensor.detach().cpu() for tensor in tensors]).double().numpy() if tensors else np.empty(0)
+    return torch.cat([tensor.detach() for tensor in tensors]).cpu().double().numpy() if tensors else np.empty(0)
 
 
 @cache
