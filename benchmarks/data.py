@@ -28,7 +28,7 @@ from core.data.transforms import resize_image
 from core.seeding import numpy_stream
 
 HEIGHT, WIDTH = 480, 640
-NOISE = 8.0  # grey levels: about 120 KB a file
+NOISE = 17.0  # grey levels: about 160 KB a file
 PICTURES_PROFILE = CocoFolder(resize=FixedSize(height=192, width=256), augmentation="flip")
 COCO = CocoFolder(resize=ShorterSide(), augmentation="detr")
 COCO_AS_PILLOW = CocoFolder(resize=ShorterSide(resampling="pillow"), augmentation="detr")
