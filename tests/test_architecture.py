@@ -24,6 +24,7 @@ ONE_IMPORTER = [
     ("ray", "workbench.ray_executor"),
     ("mlflow", "workbench.mlflow_mirror"),
     ("pycocotools", "core.evaluation.coco_ap"),
+    ("hotcoco", "core.evaluation.coco_ap"),
     ("streamlit", "dashboard"),
 ]
 

@@ -24,8 +24,9 @@ COLUMNS = {
     "value": "float64",
 }
 """`parameters` is raw or averaged for metrics on the fixed validation subset, and empty for what training itself emits:
-`loss/...`, `grad_norm`, `learning_rate`, `pictures_per_s` (means over some seconds), the same after `epoch/` (means
-over an epoch), and `peak_memory_bytes`. `epoch` is a fraction within an epoch; `seconds` are of training."""
+`loss/...`, `grad_norm`, `learning_rate`, `pictures_per_s`, `data_share` (means over some seconds), the same after
+`epoch/` (means over an epoch), and `peak_memory_bytes`. `epoch` is a fraction within an epoch; `seconds` are of
+training."""
 
 
 Events = Callable[[str], Iterable[StampedEvent]]

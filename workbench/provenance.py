@@ -14,7 +14,17 @@ from typing import Any
 
 import core
 
-LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "pycocotools", "opencv-python-headless", "pydantic")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "hotcoco",
+    "pycocotools",
+    "opencv-python-headless",
+    "pydantic",
+)
 
 
 def collect(*, threads: int, device: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ def numbers(event: StepsTaken | EpochFinished) -> dict[tuple[str, str], float]:
         "grad_norm": event.grad_norm,
         "learning_rate": event.learning_rate,
         "pictures_per_s": event.pictures_per_s,
+        **({} if event.data_share is None else {"data_share": event.data_share}),
     }
     if isinstance(event, StepsTaken):
         return {("", name): value for name, value in measured.items()}

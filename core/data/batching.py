@@ -85,7 +85,7 @@ def collate(pictures: Sequence[Picture]) -> Batch:
     width = max(picture.image.shape[1] for picture in pictures)
     images = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
     padding_mask = torch.ones(len(pictures), height, width, dtype=torch.bool)
-    for image, padding, picture in zip(images.numpy(), padding_mask, pictures, strict=True):
+    for image, padding, picture in zip(images.numpy(), padding_mask.numpy(), pictures, strict=True):
         own_height, own_width = picture.image.shape[:2]
         image[:, :own_height, :own_width] = picture.image.transpose(2, 0, 1)
         padding[:own_height, :own_width] = False
@@ -94,8 +94,10 @@ def collate(pictures: Sequence[Picture]) -> Batch:
 
 def _target(picture: Picture) -> Target:
     height, width = picture.image.shape[:2]
-    x0, y0, x1, y1 = (picture.boxes_xyxy_px / np.array([width, height] * 2, np.float32)).T
-    boxes = np.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], axis=1)
+    corners = picture.boxes_xyxy_px / np.array([width, height] * 2, np.float32)
+    boxes = np.empty_like(corners, order="C")  # corners may lie column by column
+    boxes[:, :2] = (corners[:, :2] + corners[:, 2:]) / 2
+    boxes[:, 2:] = corners[:, 2:] - corners[:, :2]
     return Target(
         labels=torch.from_numpy(picture.labels.astype(np.int64)),
         boxes=torch.from_numpy(boxes),

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from core.config import CocoFolder, FixedSize, ShorterSide
 from core.data.annotations import Record, Tally, usable_records
-from core.data.decoding import decode
 from core.data.fingerprint import (
     DataProblem,
     category_names,
@@ -18,7 +17,8 @@ from core.data.fingerprint import (
     used_splits,
 )
 from core.data.pictures import DataSplits, GroundTruth, Picture
-from core.data.transforms import resize
+from core.data.resized import ResizedPictures, read_image, resized_once
+from core.data.transforms import rescaled
 from core.seeding import key
 
 SIZE_THRESHOLDS_PX = (32.0, 96.0)  # COCO's small, medium and large
@@ -26,11 +26,20 @@ KEPT_BYTES = 512 << 20  # of decoded pictures in memory, for each split
 
 
 class CocoPictures:
-    """A `PictureSet` of files. Pictures stay in memory, resized, until `KEPT_BYTES` are used."""
+    """A `PictureSet` of files, resized by a rule unless the augmentation does that.
 
-    def __init__(self, records: Sequence[Record], *, rule: FixedSize | ShorterSide | None) -> None:
+    Where there is a cache and they fit in it, all trials share their pixels there. Else each trial decodes them, and
+    they stay in its memory until `KEPT_BYTES` are used.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], *, rule: FixedSize | ShorterSide | None, cache: Path | None = None
+    ) -> None:
         self._records = records
         self._rule = rule
+        self._shared: ResizedPictures | None = None
+        if rule is not None and cache is not None:
+            self._shared = resized_once(records, rule, cache=cache)
         self._kept: dict[int, Picture] = {}
         self._bytes_left = KEPT_BYTES
         self.picture_ids = tuple(int(record.image["id"]) for record in records)
@@ -39,7 +48,7 @@ class CocoPictures:
         return len(self._records)
 
     def read(self, index: int) -> Picture:
-        """Return one picture, resized unless the augmentation does that.
+        """Return one picture.
 
         Raises:
             DataProblem: when the file has changed since the folder was opened, and cannot be read any more.
@@ -47,21 +56,18 @@ class CocoPictures:
         if (kept := self._kept.get(index)) is not None:
             return kept
         record = self._records[index]
-        image = decode(record.path)
-        if image is None:
-            raise DataProblem(f"{record.path}: could be read before and cannot now; restore it or run again")
+        image = read_image(record, self._rule) if self._shared is None else self._shared[index]
+        size = record.image["height"], record.image["width"]
         picture = Picture(
             image=image,
-            boxes_xyxy_px=record.boxes_xyxy_px,
+            boxes_xyxy_px=rescaled(record.boxes_xyxy_px, size, (image.shape[0], image.shape[1])),
             labels=record.labels,
             annotation_ids=record.annotation_ids,
             picture_id=self.picture_ids[index],
-            original_size=(image.shape[0], image.shape[1]),
+            original_size=size,
         )
-        if self._rule is not None:
-            picture = resize(picture, self._rule)
-        if picture.image.nbytes <= self._bytes_left:
-            self._bytes_left -= picture.image.nbytes
+        if self._shared is None and image.nbytes <= self._bytes_left:
+            self._bytes_left -= image.nbytes
             self._kept[index] = picture
         return picture
 
@@ -138,8 +144,8 @@ def open_folder(config: CocoFolder, *, root: Path | None, cache: Path | None) ->
         report |= tally.report(records[split])
     train = [replace(record, annotations=()) for record in records["train"]]  # COCO's would fill memory in every trial
     return DataSplits(
-        train=CocoPictures(train, rule=None if config.augmentation == "detr" else config.resize),
-        scored=CocoPictures(records[config.split], rule=config.resize),
+        train=CocoPictures(train, rule=None if config.augmentation == "detr" else config.resize, cache=cache),
+        scored=CocoPictures(records[config.split], rule=config.resize, cache=cache),
         ground_truth=_ground_truth(records[config.split], categories),
         class_names=_distinct(categories),
         report=report,

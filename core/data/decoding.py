@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from core.data.cached import written_once
 from core.data.fingerprint import SplitFiles, split_fingerprint
 
 MOST_THREADS = 8
@@ -30,6 +30,11 @@ def decode(path: Path) -> np.ndarray | None:
     return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def num_threads() -> int:
+    """Return how many pictures are decoded at once when a folder is opened."""
+    return min(MOST_THREADS, os.cpu_count() or 1)
+
+
 def picture_sizes(files: SplitFiles, names: Sequence[str], *, cache: Path | None) -> Sizes:
     """Return (height, width) by file name: None for what cannot be read; a name without a file is absent.
 
@@ -40,21 +45,17 @@ def picture_sizes(files: SplitFiles, names: Sequence[str], *, cache: Path | None
         return _decoded_sizes(files.pictures, names)
     text = "\n".join([split_fingerprint(files), *names])
     path = cache / f"picture-sizes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        return {name: size and (size[0], size[1]) for name, size in json.loads(path.read_text())["sizes"].items()}
-    sizes = _decoded_sizes(files.pictures, names)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cache, prefix=".picture-sizes-", delete=False) as file:
-        json.dump({"format": 1, "sizes": sizes}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
-    return sizes
+
+    def write(draft: Path) -> None:
+        draft.write_text(json.dumps({"format": 1, "sizes": _decoded_sizes(files.pictures, names)}))
+
+    written_once(path, write)
+    return {name: size and (size[0], size[1]) for name, size in json.loads(path.read_text())["sizes"].items()}
 
 
 def _decoded_sizes(folder: Path, names: Sequence[str]) -> Sizes:
     present = [name for name in names if (folder / name).is_file()]
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(num_threads()) as pool:
         return dict(zip(present, pool.map(lambda name: _size(folder / name), present), strict=True))
 
 

@@ -5,9 +5,6 @@ take disjoint ranges of indices, so a split's content depends neither on its own
 `docs/data.md` describes what is drawn.
 """
 
-import os
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from core.config import Shapes
+from core.data.cached import mapped, written_once
 from core.data.drawing import CLASS_NAMES, STREAMS, background, clutter, outline, paint
-from core.data.fingerprint import SHAPES_VERSION, DataProblem
+from core.data.fingerprint import SHAPES_VERSION
 from core.data.pictures import DataSplits, GroundTruth, Picture
 from core.seeding import numpy_stream
 
@@ -153,17 +151,9 @@ def _open_split(split: str, side: int, num_pictures: int, cache: Path | None) ->
     if cache is None:
         images = np.empty((num_pictures, side, side, 3), np.uint8)
         return Rendered(images=images, **_render(images, FIRST_INDEX[split]))
-    name = f"shapes-{SHAPES_VERSION}-{split}-{side}px-{num_pictures}"
-    images_path, objects_path = cache / f"{name}.npy", cache / f"{name}-objects.npz"
-    if not images_path.exists():
-        _render_to_files(images_path, objects_path, split=split, side=side, num_pictures=num_pictures)
-    try:
-        with np.load(objects_path) as objects:
-            return Rendered(images=np.load(images_path, mmap_mode="r"), **objects)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataProblem(
-            f"{images_path}: the drawn pictures cannot be read ({error}); delete {name}* there and run again"
-        ) from error
+    folder = cache / f"shapes-{SHAPES_VERSION}-{split}-{side}px-{num_pictures}"
+    written_once(folder, lambda draft: _render_to(draft, split=split, side=side, num_pictures=num_pictures))
+    return Rendered(**{name: mapped(folder / f"{name}.npy") for name in ("images", "boxes", "labels", "starts")})
 
 
 def _render(images: np.ndarray, first_index: int) -> dict[str, Any]:
@@ -178,21 +168,12 @@ def _render(images: np.ndarray, first_index: int) -> dict[str, Any]:
     return {"boxes": np.concatenate(boxes), "labels": np.concatenate(labels), "starts": np.cumsum(counts)}
 
 
-def _render_to_files(images_path: Path, objects_path: Path, *, split: str, side: int, num_pictures: int) -> None:
-    """Draw a split into the cache; two processes may do so at once, and each file appears whole or not at all.
-
-    The pictures' file comes last: where it is, the objects' file is.
-    """
-    images_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=images_path.parent, prefix=".drawing-") as folder:
-        drawn, objects = Path(folder) / "images.npy", Path(folder) / "objects.npz"
-        images = np.lib.format.open_memmap(drawn, "w+", np.uint8, (num_pictures, side, side, 3))
-        np.savez(objects, **_render(images, FIRST_INDEX[split]))
-        images.flush()
-        for source, target in ((objects, objects_path), (drawn, images_path)):
-            with source.open("rb") as file:
-                os.fsync(file.fileno())
-            source.replace(target)
+def _render_to(folder: Path, *, split: str, side: int, num_pictures: int) -> None:
+    folder.mkdir()
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (num_pictures, side, side, 3))
+    for name, array in _render(images, FIRST_INDEX[split]).items():
+        np.save(folder / f"{name}.npy", array)
+    images.flush()
 
 
 def _ground_truth(rendered: Rendered, first_index: int, side: int) -> GroundTruth:

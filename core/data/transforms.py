@@ -22,11 +22,27 @@ CROP_SIDES = (384, 600)
 Resampling = Literal["area", "pillow"]
 
 
-def resize(picture: Picture, rule: FixedSize | ShorterSide) -> Picture:
-    """Resize as the rule says."""
+def target_size(height: int, width: int, rule: FixedSize | ShorterSide) -> tuple[int, int]:
+    """Return the height and width that the rule gives a picture of some height and width.
+
+    A shorter side becomes `rule.size`, or less where the longer one would pass `rule.longest`; see `resize_shorter`.
+    """
     if isinstance(rule, FixedSize):
-        return resize_to(picture, height=rule.height, width=rule.width)
-    return resize_shorter(picture, rule.size, longest=rule.longest, resampling=rule.resampling)
+        return rule.height, rule.width
+    return _shorter(height, width, rule.size, rule.longest)
+
+
+def resize_image(image: np.ndarray, rule: FixedSize | ShorterSide) -> np.ndarray:
+    """Resize pixels (H, W, 3) uint8 as the rule says."""
+    height, width = target_size(image.shape[0], image.shape[1], rule)
+    return _resampled(image, height, width, "area" if isinstance(rule, FixedSize) else rule.resampling)
+
+
+def rescaled(boxes_px: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """Return the boxes (N, 4) of a picture after its (height, width) went from `old` to `new`."""
+    if old == new:
+        return boxes_px
+    return boxes_px * np.array([new[1] / old[1], new[0] / old[0]] * 2, np.float32)
 
 
 def resize_to(picture: Picture, *, height: int, width: int, resampling: Resampling = "area") -> Picture:
@@ -35,17 +51,9 @@ def resize_to(picture: Picture, *, height: int, width: int, resampling: Resampli
     `area`: by area when both shrink, which avoids aliasing, else bilinearly. `pillow`: Pillow's bilinear filter, whose
     support grows with the factor of shrinking; torchvision's resizing of Pillow images, and so the official code's.
     """
-    old_height, old_width = picture.image.shape[:2]
-    if (old_height, old_width) == (height, width):
-        return picture
-    image = np.ascontiguousarray(picture.image)
-    if resampling == "pillow":
-        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    else:
-        shrinks = height <= old_height and width <= old_width
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    factor = np.array([width / old_width, height / old_height] * 2, np.float32)
-    return replace(picture, image=image, boxes_xyxy_px=picture.boxes_xyxy_px * factor)
+    image = _resampled(picture.image, height, width, resampling)
+    old = picture.image.shape[0], picture.image.shape[1]
+    return replace(picture, image=image, boxes_xyxy_px=rescaled(picture.boxes_xyxy_px, old, (height, width)))
 
 
 def resize_shorter(
@@ -55,13 +63,27 @@ def resize_shorter(
 
     The other side is rounded down, a shorter side that gives way is rounded to the nearest: DETR's official rule.
     """
-    height, width = picture.image.shape[:2]
+    height, width = _shorter(picture.image.shape[0], picture.image.shape[1], side, longest)
+    return resize_to(picture, height=height, width=width, resampling=resampling)
+
+
+def _shorter(height: int, width: int, side: int, longest: int | None) -> tuple[int, int]:
     short, long = min(height, width), max(height, width)
     if longest is not None and side * long > longest * short:
         side = max(1, round(longest * short / long))
     other = max(1, side * long // short)
-    height, width = (side, other) if height <= width else (other, side)
-    return resize_to(picture, height=height, width=width, resampling=resampling)
+    return (side, other) if height <= width else (other, side)
+
+
+def _resampled(image: np.ndarray, height: int, width: int, resampling: Resampling) -> np.ndarray:
+    old_height, old_width = image.shape[:2]
+    if (old_height, old_width) == (height, width):
+        return image
+    image = np.ascontiguousarray(image)
+    if resampling == "pillow":
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    shrinks = height <= old_height and width <= old_width
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def mirror(picture: Picture) -> Picture:
@@ -70,6 +92,14 @@ def mirror(picture: Picture) -> Picture:
     boxes = picture.boxes_xyxy_px[:, [2, 1, 0, 3]]
     boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
     return replace(picture, image=picture.image[:, ::-1], boxes_xyxy_px=boxes)
+
+
+def turn_over(picture: Picture) -> Picture:
+    """Exchange top and bottom."""
+    height = picture.image.shape[0]
+    boxes = picture.boxes_xyxy_px[:, [0, 3, 2, 1]]
+    boxes[:, [1, 3]] = height - boxes[:, [1, 3]]
+    return replace(picture, image=picture.image[::-1], boxes_xyxy_px=boxes)
 
 
 def transpose(picture: Picture) -> Picture:
@@ -84,7 +114,7 @@ def symmetry(picture: Picture, number: int) -> Picture:
     if number & 1:
         picture = mirror(picture)
     if number & 2:
-        picture = transpose(mirror(transpose(picture)))
+        picture = turn_over(picture)
     if number & 4:
         picture = transpose(picture)
     return picture

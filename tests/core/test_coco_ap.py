@@ -1,8 +1,9 @@
-"""COCO's numbers against pycocotools used by hand, and what pycocotools does not handle."""
+"""COCO's numbers against pycocotools used by hand, and what it does not handle; every test with each scorer."""
 
 import contextlib
 import copy
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from core.config import Shapes
 from core.data.pictures import GroundTruth
 from core.data.splits import open_data
+from core.evaluation import coco_ap
 from core.evaluation.coco_ap import coco_metrics
 from core.metrics import COCO_NAMES
 from core.seeding import numpy_stream
@@ -20,6 +22,14 @@ from core.types import Detections
 
 CATEGORY_IDS = (3, 7, 90)
 NAMES = ("cell", "plate", "dust")
+NUM_RANDOM_SETS = 200
+
+
+@pytest.fixture(autouse=True, params=["hotcoco", "pycocotools"])
+def scorer(request, monkeypatch):
+    """Score by one of the two."""
+    monkeypatch.setenv("WORKBENCH_SCORER", request.param)
+    return request.param
 
 
 def truth(annotations, num_pictures=2, thresholds=(32.0, 96.0)):
@@ -92,20 +102,19 @@ def by_hand(ground_truth, detections, thresholds=(32.0, 96.0)):
         coco = COCO()
         coco.dataset = copy.deepcopy(ground_truth.coco)
         coco.createIndex()
-        results = coco.loadRes(
-            [
-                {
-                    "image_id": one.picture_id,
-                    "category_id": CATEGORY_IDS[label],
-                    "bbox": [x, y, x1 - x, y1 - y],
-                    "score": s,
-                }
-                for one in detections
-                for (x, y, x1, y1), label, s in zip(
-                    one.boxes_xyxy_px.tolist(), one.labels.tolist(), one.scores.tolist(), strict=True
-                )
-            ]
-        )
+        entries = [
+            {
+                "image_id": one.picture_id,
+                "category_id": ground_truth.category_ids[label],
+                "bbox": [x, y, x1 - x, y1 - y],
+                "score": s,
+            }
+            for one in detections
+            for (x, y, x1, y1), label, s in zip(
+                one.boxes_xyxy_px.tolist(), one.labels.tolist(), one.scores.tolist(), strict=True
+            )
+        ]
+        results = coco.loadRes(entries) if entries else COCO()  # it fails on an empty list
         evaluation = COCOeval(coco, results, "bbox")
         small, large = (value**2 for value in thresholds)
         evaluation.params.areaRng = [[0, 1e10], [0, small], [small, large], [large, 1e10]]
@@ -230,3 +239,122 @@ def test_drawn_shapes_need_both_boxes_and_labels():
 
     assert ap(right) > 0.999
     assert 0 < ap(wrong) < 0.1
+
+
+def random_set(number):
+    """Return a small ground truth and detections in which everything that scorers may treat differently is frequent.
+
+    Equal scores, equal overlaps, crowds, areas that are not the boxes', pictures without boxes or detections, more than
+    a hundred detections, ids up to the largest int64 in no order, names of any alphabet, boxes without height.
+    """
+    rng = numpy_stream(number, "random set")
+    ids = sorted({0, 7, (1 << 53) + 1, (1 << 63) - 1, *rng.integers(1 << 62, size=6).tolist()})
+    picture_ids = rng.permutation(ids)[: int(rng.integers(1, 7))].tolist()
+    category_ids = sorted(rng.permutation(ids)[: int(rng.integers(1, 5))].tolist())
+    annotations, detections = [], []
+    for picture_id in picture_ids:
+        boxes = rng.integers(0, 60, (int(rng.integers(0, 6)), 4)) * 4.0 + [0, 0, 4, 4]
+        for box in boxes:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": picture_id,
+                    "category_id": int(rng.choice(category_ids)),
+                    "bbox": box.tolist(),
+                    "area": float(rng.choice([box[2] * box[3], 32.0**2, 96.0**2, rng.uniform(1, 20000)])),
+                    "iscrowd": int(rng.random() < 0.2),
+                }
+            )
+        count = int(rng.choice([0, 3, 12, 130]))
+        found = rng.integers(0, 60, (count, 4)) * 4.0
+        if len(boxes):
+            near = rng.random(count) < 0.6
+            found[near] = boxes[rng.integers(len(boxes), size=near.sum())]
+            found[near] += rng.integers(-1, 2, (near.sum(), 4)) * rng.choice([0.0, 2.0, 4.0])
+        scores = rng.choice([0.0, 0.25, 0.5, 0.5, 1.0], count) if rng.random() < 0.5 else rng.random(count)
+        labels = rng.integers(len(category_ids), size=count)
+        if rng.random() < 0.8:  # else nothing is said of the picture
+            detections.append(detected(picture_id, found.clip(0), labels.tolist(), scores.tolist()))
+    names = tuple(
+        ["\u7ec6\u80de", "\u03ba\u03cd\u03c4\u03c4\u03b1\u03c1\u03bf", "a b", "\U0001f9eb"][: len(category_ids)]
+    )
+    ground_truth = GroundTruth(
+        coco={
+            "images": [{"id": key, "height": 250, "width": 250} for key in picture_ids],
+            "annotations": annotations,
+            "categories": [{"id": key, "name": name} for key, name in zip(category_ids, names, strict=True)],
+        },
+        category_ids=tuple(category_ids),
+        size_thresholds_px=(32.0, 96.0) if rng.random() < 0.5 else (31.25, 75.0),
+    )
+    return ground_truth, detections, names
+
+
+def test_random_sets_score_as_with_pycocotools_to_the_last_bit():
+    """All twelve numbers and those of every category, on hundreds of sets full of ties, crowds and odd ids."""
+    scored = 0
+    for number in range(NUM_RANDOM_SETS):
+        ground_truth, detections, names = random_set(number)
+        picture_ids = [image["id"] for image in ground_truth.coco["images"]]
+        metrics = coco_metrics(detections, ground_truth, class_names=names, picture_ids=picture_ids)
+        expected = by_hand(ground_truth, detections, ground_truth.size_thresholds_px)
+        found = [getattr(metrics, name) for name in COCO_NAMES]
+        assert found == [None if value == -1 else value for value in expected.stats], number
+        for place, name in enumerate(names):
+            for key, precision in (("ap", expected.eval["precision"]), ("ap50", expected.eval["precision"][:1])):
+                values = precision[:, :, place, 0, -1]
+                wanted = values[values > -1].mean() if (values > -1).any() else None
+                assert metrics.per_class[name][key] == wanted, (number, name, key)
+        scored += metrics.ap is not None and 0 < metrics.ap < 1
+    assert scored > NUM_RANDOM_SETS / 2
+
+
+def test_equal_scores_are_taken_in_the_order_of_pictures_and_detections():
+    """Of equal scores the first detection counts first, and the picture with the smaller id, wherever it is listed."""
+    ground_truth = truth([(0, 0, (10, 10, 50, 50), 0), (1, 0, (10, 10, 50, 50), 0)])
+    right, wrong = (10, 10, 50, 50), (200, 200, 50, 50)
+    first = [detected(10, [right], [0], [0.5]), detected(11, [wrong], [0], [0.5])]
+    last = [detected(10, [wrong], [0], [0.5]), detected(11, [right], [0], [0.5])]
+    assert score(first, ground_truth).ap == score(first[::-1], ground_truth).ap
+    assert score(first, ground_truth).ap > score(last, ground_truth).ap > 0
+    within = [detected(10, boxes, [0, 0], [0.5, 0.5]) for boxes in ([right, wrong], [wrong, right])]
+    assert score(within[:1], ground_truth).ap > score(within[1:], ground_truth).ap > 0
+
+
+def test_scores_that_are_no_numbers_count_as_with_pycocotools():
+    """A detector whose weights overflowed is scored, not an error: what is no number comes last."""
+    ground_truth = truth([(0, 0, (10, 10, 50, 50), 0)])
+    found = [detected(10, [(200, 200, 50, 50), (10, 10, 50, 50)], [0, 0], [float("nan"), 0.5])]
+    assert score(found, ground_truth).ap == pytest.approx(1)
+
+
+def test_another_word_for_the_scorer_is_refused(monkeypatch):
+    """What WORKBENCH_SCORER may say is told where it says something else."""
+    monkeypatch.setenv("WORKBENCH_SCORER", "matlab")
+    with pytest.raises(ValueError, match="WORKBENCH_SCORER is 'matlab': one of auto, hotcoco and pycocotools"):
+        score([], truth([(0, 0, (10, 10, 50, 50), 0)]))
+
+
+def test_hotcoco_scores_unless_told_otherwise(monkeypatch):
+    """It is what the installation brings; pycocotools is for where it cannot be imported."""
+    monkeypatch.delenv("WORKBENCH_SCORER")
+    monkeypatch.setattr(coco_ap, "_by_pycocotools", None)
+    found = [detected(10, [(10, 10, 50, 50)], [0], [0.9])]
+    assert score(found, truth([(0, 0, (10, 10, 50, 50), 0)])).ap == pytest.approx(1)
+
+
+@pytest.mark.parametrize("asked", ["auto", "hotcoco"])
+def test_a_scorer_that_cannot_be_imported_is_told(asked, monkeypatch):
+    """Left to itself the other one scores, and one line says so, once; asked for by name it is an error."""
+    monkeypatch.setenv("WORKBENCH_SCORER", asked)
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    coco_ap._scorer.cache_clear()
+    case = [detected(10, [(10, 10, 50, 50)], [0], [0.9])], truth([(0, 0, (10, 10, 50, 50), 0)])
+    if asked == "hotcoco":
+        with pytest.raises(ImportError, match="hotcoco"):
+            score(*case)
+    else:
+        with pytest.warns(UserWarning, match="hotcoco cannot be imported .*: pycocotools scores, the same but slower"):
+            assert score(*case).ap == pytest.approx(1)
+        assert score(*case).ap == pytest.approx(1)
+    coco_ap._scorer.cache_clear()

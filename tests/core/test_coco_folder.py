@@ -5,69 +5,18 @@ import json
 import cv2
 import numpy as np
 import pytest
+from coco_folder import CATEGORIES, CONFIG, HEIGHT, WIDTH, Folder, open_folder, small_folder
 
-from core.config import CocoFolder, ExperimentConfig, FixedSize, ShorterSide, TrainingConfig
+from core.config import CocoFolder, ExperimentConfig, ShorterSide, TrainingConfig
 from core.data import coco
 from core.data.batching import scoring_batches, training_batch
 from core.data.splits import DataProblem, left_out, open_data
 
-CATEGORIES = [{"id": 7, "name": "plate"}, {"id": 3, "name": "cell"}]
-CONFIG = CocoFolder(resize=FixedSize(height=24, width=32), augmentation="flip")
-HEIGHT, WIDTH = 48, 64
-
-
-class Folder:
-    """Writes a folder: pictures of one grey value, a bright rectangle on each box."""
-
-    def __init__(self, root, names=("train", "val")):
-        self.root = root
-        self.names = dict(zip(("train", "val"), names, strict=True))
-        self.raw = {split: {"images": [], "annotations": [], "categories": CATEGORIES} for split in ("train", "val")}
-        self.pixels = {split: {} for split in ("train", "val")}
-
-    def picture(self, split, picture_id, boxes=(), name=None, **annotation):
-        """Add a picture with boxes (category id, x, y, w, h)."""
-        name = name or f"picture_{picture_id}.jpg"
-        self.raw[split]["images"].append({"id": picture_id, "file_name": name, "height": HEIGHT, "width": WIDTH})
-        image = np.full((HEIGHT, WIDTH, 3), 40 + picture_id % 50, np.uint8)
-        for category, x, y, w, h in boxes:
-            self.box(split, picture_id, category, (x, y, w, h), **annotation)
-            image[int(y) : int(y + h), int(x) : int(x + w)] = (20, 90, 230)  # red, as cv2 orders channels
-        self.pixels[split][name] = image
-
-    def box(self, split, picture_id, category, box, **annotation):
-        """Add an annotation."""
-        entries = self.raw[split]["annotations"]
-        entry = {"id": len(entries) + 1, "image_id": picture_id, "category_id": category, "bbox": list(box)}
-        entries.append(entry | {"area": box[2] * box[3], "iscrowd": 0} | annotation)
-
-    def write(self):
-        """Write annotations and pictures; return the folder."""
-        (self.root / "annotations").mkdir(parents=True)
-        for split, name in self.names.items():
-            (self.root / "annotations" / f"instances_{name}.json").write_text(json.dumps(self.raw[split]))
-            (self.root / name).mkdir()
-            for file_name, image in self.pixels[split].items():
-                path = self.root / name / file_name
-                path.parent.mkdir(exist_ok=True)
-                assert cv2.imwrite(str(path), image)
-        return self.root
-
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three training pictures and two to score; the second one scored has no objects."""
-    folder = Folder(tmp_path / "data")
-    for number in (5, 9, 12):
-        folder.picture("train", number, [(3, 10, 12, 20, 16), (7, 40, 8, 12, 30)])
-    folder.picture("val", 2, [(7, 10, 12, 20, 16)])
-    folder.picture("val", 4)
-    return folder
-
-
-def open_folder(folder, config=CONFIG, cache=None):
-    """Write a folder and open it."""
-    return open_data(config, root=folder.write(), cache=cache)
+    """Return a small folder, not yet written."""
+    return small_folder(tmp_path / "data")
 
 
 def boxes_of(pictures, picture_id):
@@ -315,7 +264,8 @@ def test_the_cache_remembers_sizes_until_a_file_changes(folder, tmp_path):
     again = open_data(CONFIG, root=folder.root, cache=cache)
     assert again.report == first.report
     assert again.ground_truth == first.ground_truth
-    assert len(list(cache.iterdir())) == 2  # one for each split, and nothing half-written
+    names = sorted(path.name.rpartition("-")[0] for path in cache.iterdir() if not path.name.startswith("."))
+    assert names == ["picture-sizes"] * 2 + ["pictures"] * 2  # one for each split, and nothing half-written
     (folder.root / "val" / "picture_4.jpg").write_bytes(b"broken")
     assert open_data(CONFIG, root=folder.root, cache=cache).report["val.unreadable_pictures"] == 1
 

@@ -1,5 +1,8 @@
 """The drawn pictures: what is promised of them, and how they are kept."""
 
+import errno
+import fcntl
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 
 from core.config import Shapes
+from core.data import shapes
 from core.data.drawing import CLASS_NAMES, _textures, outline, paint
 from core.data.shapes import FIRST_INDEX, MOST_COVERED, MOST_OBJECTS, SIZES, areas, covered_shares, draw
 from core.data.splits import DataProblem, open_data
@@ -156,18 +160,52 @@ def test_the_cache_holds_what_would_be_drawn(tmp_path):
         for first, second in zip(pictures(memory.train), pictures(cached.train), strict=True):
             assert_same(first, second)
         assert cached.ground_truth == memory.ground_truth
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
-        f"shapes-2-{split}-48px-{count}{end}"
-        for split, count in (("train", 6), ("val", 4))
-        for end in ("-objects.npz", ".npy")
-    ]
+    names = sorted(path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith("."))
+    assert names == ["shapes-2-train-48px-6", "shapes-2-val-48px-4"]
+    for array in (cached.train.read(0).image, cached.train.read(0).boxes_xyxy_px):
+        assert not array.flags.writeable  # it is mapped, and other trials see it
 
 
-def test_several_writers_may_draw_the_same_split(tmp_path):
-    """Racing for the cache, all of them get whole pictures."""
+def test_trials_that_start_at_once_draw_each_picture_once(tmp_path, monkeypatch):
+    """Racing for the cache, one draws while the others wait, and all of them get whole pictures."""
+    counts = Counter()
+
+    def counted(index, side):
+        counts[index] += 1
+        return draw(index, side)
+
+    monkeypatch.setattr(shapes, "draw", counted)
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(_cached_sum, [tmp_path] * 4))
+    assert set(counts.values()) == {1}
+    assert len(counts) == SMALL.num_train + SMALL.num_val
     assert set(sums) == {_cached_sum(None)}
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_what_a_killed_writer_left_does_no_harm(tmp_path, monkeypatch, locks):
+    """A half-drawn split is never read; where the file system has locks, the next writer removes it."""
+    left = tmp_path / ".shapes-2-val-48px-4.writing-killed"
+    left.mkdir()
+    (left / "images.npy").write_bytes(b"half")
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", _no_locks)
+    assert _cached_sum(tmp_path) == _cached_sum(None)
+    assert left.exists() != locks
+
+
+def _no_locks(*_):
+    raise OSError(errno.ENOLCK, "no locks available")
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """An error while drawing reaches the caller, and the next one draws."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "draw", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _cached_sum(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert _cached_sum(tmp_path) == _cached_sum(None)
 
 
 def _cached_sum(cache):
@@ -177,7 +215,7 @@ def _cached_sum(cache):
 def test_a_damaged_cache_names_the_file_to_delete(tmp_path):
     """A truncated file of pictures is a clear problem, not a traceback."""
     open_data(SMALL, root=None, cache=tmp_path)
-    path = tmp_path / "shapes-2-val-48px-4.npy"
+    path = tmp_path / "shapes-2-val-48px-4" / "images.npy"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataProblem, match=r"shapes-2-val-48px-4.npy: the drawn pictures cannot be read .* delete"):
+    with pytest.raises(DataProblem, match=r"images.npy: the pictures kept there cannot be read .* delete the folder"):
         open_data(SMALL, root=None, cache=tmp_path)

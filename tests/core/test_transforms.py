@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as TF  # noqa: N812 - the name 
 from core.config import FixedSize, ShorterSide
 from core.data.decoding import decode
 from core.data.pictures import Picture
-from core.data.transforms import augment, crop, mirror, resize, resize_shorter, resize_to, symmetry, transpose
+from core.data.transforms import augment, crop, mirror, resize_image, resize_shorter, resize_to, symmetry, transpose
 from core.seeding import numpy_stream
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -101,7 +101,7 @@ def test_the_shorter_side_rules_unless_the_longer_passes_its_limit(size, side, l
     picture = painted(*size)
     assert resize_shorter(picture, side, longest=longest).image.shape[:2] == expected
     if longest:
-        assert resize(picture, ShorterSide(size=side, longest=longest)).image.shape[:2] == expected
+        assert resize_image(picture.image, ShorterSide(size=side, longest=longest)).shape[:2] == expected
 
 
 def official_size(height, width, side, longest):
@@ -132,15 +132,17 @@ def test_sizes_equal_the_official_ones_for_all_shapes():
 def test_pillow_resampling_is_torchvisions(size):
     """Enlarged or shrunk, pixels equal torchvision's resizing of a Pillow image bit for bit; area's differ."""
     image = numpy_stream(0, "noise").integers(0, 256, (*size, 3), dtype=np.uint8)
-    picture = replace(painted(*size), image=image)
-    resized = resize(picture, ShorterSide(size=160, longest=266, resampling="pillow"))
-    height, width = resized.image.shape[:2]
+    resized = resize_image(image, ShorterSide(size=160, longest=266, resampling="pillow"))
+    height, width = resized.shape[:2]
     expected = TF.resize(Image.fromarray(image), [height, width])
-    np.testing.assert_array_equal(resized.image, np.asarray(expected))
-    np.testing.assert_allclose(resized.boxes_xyxy_px[:, 0], picture.boxes_xyxy_px[:, 0] * width / size[1], rtol=1e-6)
-    area = resize(picture, ShorterSide(size=160, longest=266))
-    assert area.image.shape == resized.image.shape
-    assert not np.array_equal(area.image, resized.image)
+    np.testing.assert_array_equal(resized, np.asarray(expected))
+    picture = replace(painted(*size), image=image)
+    found = resize_shorter(picture, 160, longest=266, resampling="pillow")
+    np.testing.assert_array_equal(found.image, resized)
+    np.testing.assert_allclose(found.boxes_xyxy_px[:, 0], picture.boxes_xyxy_px[:, 0] * width / size[1], rtol=1e-6)
+    area = resize_image(image, ShorterSide(size=160, longest=266))
+    assert area.shape == resized.shape
+    assert not np.array_equal(area, resized)
 
 
 @pytest.mark.parametrize(("mode", "subsampling"), [("RGB", 0), ("RGB", 1), ("RGB", 2), ("L", 0)])
@@ -156,7 +158,7 @@ def test_jpeg_pixels_are_pillows(mode, subsampling, progressive, tmp_path):
 
 def test_a_fixed_size_is_met_exactly():
     """FixedSize ignores the aspect ratio."""
-    assert resize(painted(48, 40), FixedSize(height=30, width=70)).image.shape == (30, 70, 3)
+    assert resize_image(painted(48, 40).image, FixedSize(height=30, width=70)).shape == (30, 70, 3)
 
 
 def test_cropping_clips_boxes_and_drops_empty_ones():
