@@ -42,8 +42,11 @@ class DetectorShape:
 
 COCO_LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))  # a picture of 800 x 1066 at strides 8 to 64
 SMALL_LEVELS = ((16, 16), (8, 8), (4, 4), (2, 2))  # 128 x 128
+LAPTOP_LEVELS = SMALL_LEVELS[:3]  # the same pictures, of the laptop profile
 
 ATTENTION = {
+    "laptop_enc": AttentionShape(batch=8, levels=LAPTOP_LEVELS, heads=4, head_dim=16, points=2),
+    "laptop_dec": AttentionShape(batch=8, levels=LAPTOP_LEVELS, heads=4, head_dim=16, points=2, queries=24),
     "small_enc": AttentionShape(batch=8, levels=SMALL_LEVELS, heads=8, head_dim=16, points=4),
     "small_dec": AttentionShape(batch=8, levels=SMALL_LEVELS, heads=8, head_dim=16, points=4, queries=100),
     "coco_dec": AttentionShape(batch=1, levels=COCO_LEVELS, heads=8, head_dim=32, points=4, queries=300),

@@ -156,6 +156,8 @@ def _last_gain(record: TrialRecord, term: Term) -> float | None:
 
 
 def _mixed_provenance(records: list[TrialRecord]) -> tuple[str, ...]:
-    """Return the provenance fields that are not the same in all records."""
+    """Return the provenance fields that are not the same in all records; who used no kernel agrees with any."""
     provenances = [record.result.get("provenance", {}) for record in records if record.result]
-    return tuple(field for field in _PROVENANCE if len({str(p.get(field)) for p in provenances}) > 1)
+    found = {field: {str(p.get(field)) for p in provenances} for field in _PROVENANCE}
+    found["kernel"].discard(str(None))
+    return tuple(field for field, values in found.items() if len(values) > 1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import core
 
+_CODE = {".py", ".cpp", ".h"}
 LIBRARIES = (
     "torch",
     "torchvision",
@@ -34,7 +35,6 @@ def collect(*, threads: int, device: str) -> dict[str, Any]:
         "git_revision": revision,
         "git_dirty": dirty,
         "code_hash": code_hash(),
-        "kernel": "torch",  # the only implementation of deformable attention so far
         "torch": _version("torch"),
         "versions": {name: _version(name) for name in LIBRARIES},
         "python": platform.python_version(),
@@ -47,12 +47,18 @@ def collect(*, threads: int, device: str) -> dict[str, Any]:
     }
 
 
+def kernel() -> str | None:
+    """Return which form of deformable attention has computed in this process (`torch`, `cpp`); None if none has."""
+    sampling = sys.modules.get("core.model.sampling")  # where no detector was loaded, torch need not be, either
+    return "+".join(sorted(sampling.used)) or None if sampling is not None else None
+
+
 @cache
 def code_hash() -> str:
-    """Return a hash of all Python files of `core`: two results with the same hash ran the same detector code."""
+    """Return a hash of the source of `core`: two results with the same hash ran the same detector code."""
     folder = Path(core.__path__[0])
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _CODE):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -265,7 +265,7 @@ class _Work:
                 "num_parameters": trained.num_parameters,
                 "checkpoint": trained.checkpoint and trained.checkpoint.name,
                 "data_report": dict(data_report),
-                "provenance": self._provenance,
+                "provenance": self._provenance | {"kernel": provenance.kernel()},
                 "finished_at": durable.now(),
             },
         )

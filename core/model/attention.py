@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 from core.model.layers import Linear
+from core.model.sampling import sample_around
 from core.types import Memory
 
 
@@ -150,57 +151,16 @@ class DeformableAttention(nn.Module):
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
-        weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
+        logits = self.attention_weights(query).view(samples)
         ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, L, 2 or 4)
         if not self.own_level:
             padded = reference[:, :, None] * ratios[:, None]  # (B, Q, L, 2 or 4) of the padded levels
-            locations = self._locations(padded[:, :, None, :, None], offsets, memory.spatial_shapes)
-            return self.output_proj(sample_and_sum(value, memory.spatial_shapes, locations, weights))
+            return self.output_proj(sample_around(value, memory.spatial_shapes, padded, offsets, logits))
         levels = []
         start = 0
         for level, shape in enumerate(memory.spatial_shapes):
             own = slice(start, start + shape[0] * shape[1])
             padded = reference[:, own, None] * ratios[:, None, level : level + 1]
-            locations = self._locations(padded[:, :, None, :, None], offsets[:, own], (shape,))
-            levels.append(sample_and_sum(value[:, own], (shape,), locations, weights[:, own]))
+            levels.append(sample_around(value[:, own], (shape,), padded, offsets[:, own], logits[:, own]))
             start = own.stop
         return self.output_proj(torch.cat(levels, dim=1))
-
-    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Around a point, offsets count in cells of each level; around a box, P of them reach half its side."""
-        if reference.shape[-1] == 2:
-            sizes = reference.new_tensor([[w, h] for h, w in spatial_shapes])  # (x, y), from rows of (H, W)
-            return reference + offsets / sizes[:, None]
-        return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
-
-
-def sample_and_sum(
-    value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor
-) -> Tensor:
-    """Sample `value` bilinearly at `locations`, zero outside, and sum with `weights`; the locations' precision holds.
-
-    Args:
-        value: (B, S, M, D).
-        spatial_shapes: (H, W) of each level.
-        locations: (B, Q, M, L, P, 2), (x, y) in [0, 1] of the padded level; cell centres lie at (i + 0.5) / size.
-        weights: (B, Q, M, L, P).
-
-    Returns:
-        (B, Q, M * D).
-    """
-    batch, _, num_heads, dim = value.shape
-    num_queries = locations.shape[1]
-    maps = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*M, Q, L, P, 2)
-    sampled = []
-    start = 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        level_map = maps[..., start : start + height * width].unflatten(-1, (height, width))
-        sampled.append(
-            F.grid_sample(level_map, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        )
-        start += height * width
-    columns = torch.cat(sampled, dim=-1)  # (B*M, D, Q, L*P)
-    factors = weights.transpose(1, 2).reshape(batch * num_heads, 1, num_queries, -1)
-    summed = (columns * factors).sum(-1)  # (B*M, D, Q)
-    return summed.view(batch, num_heads * dim, num_queries).transpose(1, 2)

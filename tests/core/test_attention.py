@@ -11,8 +11,8 @@ from core.model.attention import (
     DenseAttention,
     SelfAttention,
     WindowAttention,
-    sample_and_sum,
 )
+from core.model.sampling import locations_around, sample_and_sum
 from core.types import Memory
 
 SHAPES = ((5, 4), (3, 2))
@@ -186,10 +186,9 @@ def test_window_attention_equals_masked_dense_attention(radius):
 
 def test_box_references_scale_the_offsets():
     """With a box, an offset of P reaches half the box's side from its centre."""
-    module = _attention()
-    reference = torch.tensor([[[[0.5, 0.5, 0.2, 0.4]] * 2]])[:, :, None, :, None]
+    reference = torch.tensor([[[[0.5, 0.5, 0.2, 0.4]] * 2]])
     offsets = torch.full((1, 1, 4, 2, 3, 2), 3.0)
-    located = module._locations(reference, offsets, SHAPES)
+    located = locations_around(reference, offsets, SHAPES)
     torch.testing.assert_close(located[0, 0, 0, 0, 0], torch.tensor([0.6, 0.7]))
 
 

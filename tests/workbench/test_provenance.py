@@ -1,7 +1,11 @@
 """What a result says of where it comes from."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import core
 from workbench import provenance
@@ -20,8 +24,31 @@ def test_it_is_complete_without_git(monkeypatch):
     assert found["cores"] >= 1
 
 
+def test_the_kernel_is_what_has_computed():
+    """Nothing before the first attention, and torch is not loaded to find that out; then the form that was used."""
+    code = (
+        "import sys\n"
+        "from workbench import provenance\n"
+        "assert provenance.kernel() is None and 'torch' not in sys.modules\n"
+        "import torch\n"
+        "from core.model.sampling import sample_and_sum\n"
+        "assert provenance.kernel() is None\n"
+        "sample_and_sum(torch.ones(1, 4, 1, 4), ((2, 2),), torch.ones(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1))\n"
+        "print(provenance.kernel())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"WORKBENCH_KERNEL": "torch"},
+        cwd=Path(core.__path__[0]).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("torch\n", "")
+
+
 def test_the_code_hash_follows_the_detectors_code(monkeypatch, tmp_path):
-    """Any change of a Python file in core changes it, and nothing else does."""
+    """Any change of a source file in core changes it, be it Python or C++, and nothing else does."""
     copy = tmp_path / "core"
     shutil.copytree(core.__path__[0], copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(core, "__path__", [str(copy)])
@@ -29,5 +56,8 @@ def test_the_code_hash_follows_the_detectors_code(monkeypatch, tmp_path):
     before = hashed()
     (copy / "notes.txt").write_text("not code")
     assert hashed() == before
-    (copy / "boxes.py").write_text((copy / "boxes.py").read_text() + "\n")
-    assert hashed() != before
+    for name in ("boxes.py", "model/deformable.cpp", "model/deformable.h"):
+        (copy / name).write_text((copy / name).read_text() + "\n")
+        after = hashed()
+        assert after != before
+        before = after

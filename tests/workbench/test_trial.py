@@ -42,6 +42,7 @@ def test_a_trial_leaves_a_whole_record(spec, store, toy_trainer):
     assert result["data_report"] == {"train.boxes": 3}
     assert result["provenance"]["threads"] == 1
     assert result["provenance"]["code_hash"]
+    assert "kernel" in result["provenance"]
     frame = pd.read_parquet(store.predictions(spec.trial_id, next(iter(spec.evaluations))))
     assert frame["image_id"].tolist() == [0, 1, 2]
     written = json.loads((store.trial_dir(spec.trial_id) / "spec.json").read_text())

@@ -270,6 +270,18 @@ class TestCaveats:
         notes = judged(shifted(0.05), code_hash={"kept": "0ther"}).notes
         assert notes == ("mixed provenance: the trials differ in code_hash",)
 
+    @pytest.mark.parametrize(
+        ("kernel", "notes"), [(None, ()), ("cpp", ("mixed provenance: the trials differ in kernel",))]
+    )
+    def test_a_detector_without_a_kernel_mixes_with_any(self, fake_results, kernel, notes):
+        """Trials that sampled in another way carry a note; those that sample nothing, as Faster R-CNN, do not."""
+        results = fake_results({"detached": list(BASE), "kept": shifted(0.05)})
+        for trial in results.asked_for():
+            if trial.variant == "kept":
+                results.records[trial.trial_id].result["provenance"]["kernel"] = kernel
+        (verdict,) = judge(results)
+        assert verdict.notes == notes
+
     def test_post_hoc_claims_are_marked(self, judged):
         """A claim registered after its trials finished carries the mark."""
         assert judged(shifted(0.05), post_hoc=("kept_better",)).post_hoc
