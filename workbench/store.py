@@ -12,6 +12,7 @@ The state of a trial is derived from its files, so there is nothing to keep in s
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -30,6 +31,9 @@ from workbench.study import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_RECORD = ("attempts", "result.json", "error.json", "events.jsonl", "evaluations")  # what a trial's record is read from
+_SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
 
 
 class Store:
@@ -52,6 +56,7 @@ class Store:
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise StoreError(f"--runs {runs}: cannot be written; name another folder or change its permissions")
         self._readers: dict[str, durable.EventReader] = {}
+        self._settled: dict[str, tuple[tuple[Any, ...], TrialRecord]] = {}  # with the stamps of the files it is from
 
     # Paths
 
@@ -190,8 +195,22 @@ class Store:
     # Trials
 
     def record(self, trial_id: str) -> TrialRecord:
-        """Return all that is known of a trial; a pending one has no folder."""
+        """Return all that is known of a trial; a pending one has no folder.
+
+        One that nobody works on is read again only when its files change: those who watch a study ask every second.
+        """
         folder = self.trial_dir(trial_id)
+        stamps = tuple(durable.stamp(folder / name) for name in _RECORD)
+        kept = self._settled.get(trial_id)
+        if kept is not None and kept[0] == stamps:
+            return kept[1]
+        record = self._read_record(trial_id, folder)
+        changed = max((stamp[1] for stamp in stamps if stamp), default=0)
+        if record.state != "running" and time.time_ns() - changed > _SETTLED_NS:
+            self._settled[trial_id] = (stamps, record)
+        return record
+
+    def _read_record(self, trial_id: str, folder: Path) -> TrialRecord:
         tried = attempts.read(folder)
         result, error = self.result(trial_id), durable.read_json(folder / "error.json")
         events = self.events(trial_id)
@@ -203,7 +222,8 @@ class Store:
             state=_state(folder, tried, result, error),
             attempts=len(tried),
             seconds=result["seconds"] if result else max((event.seconds for event in progress), default=0.0),
-            total_seconds=sum(attempt.seconds for attempt in tried),
+            # An attempt ends a moment after the result is there.
+            total_seconds=max(sum(attempt.seconds for attempt in tried), result["total_seconds"] if result else 0.0),
             step=max((item.event.step for item in events), default=0),
             total_steps=totals[-1] if totals else None,
             epochs=tuple(epochs[number] for number in sorted(epochs)),
