@@ -3,7 +3,7 @@
     trials/<trial_id>/   spec.json  attempts/  events.jsonl  checkpoints/  evaluations/<eval_id>/{metrics.json,
                          predictions.parquet}  and, last of all, result.json or error.json
     studies/<study>/<profile>/<plan_hash>/   plan.json  study.yaml  registered.json  looks.json  verdicts.json
-                         mlflow.json  and what reports and Ray write
+                         mlflow.json  last_run.json  and what reports and Ray write
     index/   cache/   mlflow.db   mlartifacts/
 
 The state of a trial is derived from its files, so there is nothing to keep in step with them.
@@ -170,6 +170,10 @@ class Store:
         if stored is None or stored["verdicts"] != plain:
             durable.write_json(path, {"judged_at": durable.now(), "verdicts": plain})
 
+    def save_last_run(self, ref: StudyRef, spent: dict[str, Any]) -> None:
+        """Keep what the time of the last run went into."""
+        durable.write_json(ref.path / "last_run.json", spent)
+
     @contextmanager
     def lock(self, ref: StudyRef) -> Iterator[None]:
         """Hold a study for this driver; the operating system lets go when the process ends, however it ends.
@@ -231,6 +235,12 @@ class Store:
             result=result,
             error=error,
         )
+
+    def scoring_seconds(self, trial_id: str, *, since: float) -> float:
+        """Return how long the evaluations of a trial took that were written after `since`, seconds since the epoch."""
+        found = self.trial_dir(trial_id).glob("evaluations/*/metrics.json")
+        written = [durable.read_json(path) for path in found if path.stat().st_mtime >= since]
+        return sum(plain["seconds"] for plain in written if plain is not None)
 
     def state(self, trial_id: str) -> TrialState:
         """Return a trial's state without reading its events."""
