@@ -177,6 +177,8 @@ class _Run:
         self._say_start(number, trials)
         concurrency = self.resources.concurrency if self.executor == "ray" else 1
         self.progress = Progress(self.store, trials, concurrency=concurrency, stream=self.err)
+        if self.executor == "ray":
+            from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
         self.mirror.start()
         with self.progress.showing():
             while not self.stop.requested():
