@@ -5,9 +5,9 @@
     PYTHONPATH=. python benchmarks/orchestration.py --growth [--out FOLDER]
 
 The first runs `python -m workbench run` in a temporary folder on trials of a real small detector (the laptop profile's,
-with steps for about ten seconds, scoring included), as many at once as there are cores. `--without-mirror` runs it again
-with the mirror switched off. `--laptop` reads what the last run in the folder of a plan recorded. `--growth` measures
-what trials of no length cost (`benchmarks/trial_growth.py`).
+with steps for about ten seconds, scoring included), as many at once as there are cores. `--without-mirror` runs it
+again with the mirror switched off. `--laptop` reads what the last run in the folder of a plan recorded. `--growth`
+measures what trials of no length cost (`benchmarks/trial_growth.py`).
 """
 
 import argparse
@@ -24,7 +24,6 @@ from benchmarks.measure import table
 from benchmarks.process_times import ProcessTimes, measured
 from benchmarks.trial_growth import growth
 from benchmarks.trial_times import trial_times
-from core.events import EpochFinished
 from workbench.records import StudyResults
 from workbench.spending import own_seconds
 from workbench.store import Store

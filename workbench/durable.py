@@ -86,10 +86,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return plain
 
 
-def stamp(path: Path) -> tuple[int, int, int] | None:
+def stamp(path: str | Path) -> tuple[int, int, int] | None:
     """Return what changes when a file is written or replaced; None where there is none."""
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 - a Path for each of a thousand files would take longer than the files
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size

@@ -203,12 +203,11 @@ class Store:
 
         One that nobody works on is read again only when its files change: those who watch a study ask every second.
         """
-        folder = self.trial_dir(trial_id)
-        stamps = tuple(durable.stamp(folder / name) for name in _RECORD)
+        stamps = _stamps(f"{self.root}/trials/{trial_id}")
         kept = self._settled.get(trial_id)
         if kept is not None and kept[0] == stamps:
             return kept[1]
-        record = self._read_record(trial_id, folder)
+        record = self._read_record(trial_id, self.trial_dir(trial_id))
         changed = max((stamp[1] for stamp in stamps if stamp), default=0)
         if record.state != "running" and time.time_ns() - changed > _SETTLED_NS:
             self._settled[trial_id] = (stamps, record)
@@ -282,6 +281,12 @@ class Store:
 def _ref(folder: Path, registered_at: str) -> StudyRef:
     study, profile, plan_hash = folder.parts[-3:]
     return StudyRef(study=study, profile=profile, plan_hash=plan_hash, registered_at=registered_at, path=folder)
+
+
+def _stamps(folder: str) -> tuple[tuple[int, int, int] | None, ...]:
+    """Return what changes with what a trial's record is read from; of many trials most have no folder yet."""
+    found = durable.stamp(folder)
+    return (None,) if found is None else tuple(durable.stamp(f"{folder}/{name}") for name in _RECORD)
 
 
 def _post_hoc(plan: Plan, records: dict[str, TrialRecord], registered: Sequence[RegisteredPlan]) -> frozenset[str]:
