@@ -1,5 +1,6 @@
 """Forks of a template: fresh processes at once, whatever became of the ones before."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from workbench import template
+from workbench.store import Store
 from workbench.template import Lost, Template
+from workbench.trial import execute
 
 pytestmark = pytest.mark.skipif(not template.AVAILABLE, reason="needs Linux, where forking after imports is safe")
 
@@ -118,6 +121,26 @@ def test_no_work_outlives_those_who_asked(tmp_path, who):
 def environment():
     """Return one in which this file can be imported."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+
+def observe(spec, path):
+    """Run a trial; write how many threads the template has, and what of our code the trial had to import."""
+    before = set(sys.modules)
+    execute(spec, path / "runs", should_stop=partial(bool, 0))
+    fresh = sorted(name for name in set(sys.modules) - before if name.split(".")[0] in ("core", "workbench"))
+    threads = list(Path(f"/proc/{os.getppid()}/task").iterdir())
+    (path / "seen").write_text(json.dumps([len(threads), fresh]))
+
+
+@pytest.mark.ci
+def test_the_template_has_one_thread_and_all_our_code(toy_plan, tmp_path):
+    """Threads would be missing in a fork; code imported later might be other than the template's hash of it says."""
+    found = Template(log=tmp_path / "log")
+    spec = next(iter(toy_plan.specs.values()))
+    found.run(partial(observe, spec, tmp_path))
+    found.close()
+    assert json.loads((tmp_path / "seen").read_text()) == [1, []]
+    assert Store(tmp_path / "runs").state(spec.trial_id) == "finished"
 
 
 def until(condition):
