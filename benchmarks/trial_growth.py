@@ -181,13 +181,15 @@ def _timed(spent: dict[str, float], part: str) -> Iterator[None]:
 def _draw(curves: Mapping[str, list[float]], out: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in curves.items():
-        axes.loglog(COUNTS, values, "--" if ": a look" in name else "-", marker="o", label=name)
-    axes.loglog(COUNTS, [count / 100 for count in COUNTS], "k:", label="proportional")
-    axes.set_xlabel("trials")
-    axes.set_ylabel("CPU s")
-    axes.legend(fontsize="x-small", bbox_to_anchor=(1, 1), loc="upper left")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    for axes, executor in zip(figure.subplots(1, 2, sharey=True), ("inline", "ray"), strict=True):
+        own = {name: values for name, values in curves.items() if name.startswith(executor)}
+        for name, values in own.items():
+            axes.loglog(COUNTS, values, "--" if ": a look" in name else "-", marker="o", label=name.split(": ")[1])
+        axes.loglog(COUNTS, [count / 100 for count in COUNTS], "k:", label="proportional")
+        axes.set_title(executor)
+        axes.set_xlabel("trials")
+        axes.set_ylabel("CPU s")
+        axes.legend(fontsize="x-small")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "growth_trials.png", dpi=150)
