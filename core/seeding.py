@@ -30,6 +30,11 @@ def torch_stream(seed: int, *names: str | int, device: torch.device | str = "cpu
 @contextmanager
 def seeded(seed: int, *names: str | int) -> Iterator[None]:
     """Seed torch's global generators within the block, for code that accepts no generator; restore them after."""
-    with torch.random.fork_rng():
-        torch.manual_seed(key(seed, *names))
+    value = key(seed, *names)
+    on_gpu = torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else ()):
+        # Before a GPU is in use, torch.manual_seed would keep every call with its traceback, to make up for it later.
+        torch.default_generator.manual_seed(value)
+        if on_gpu:
+            torch.cuda.manual_seed_all(value)
         yield

@@ -9,7 +9,10 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from core.parts import flatten, scientific
@@ -36,10 +39,10 @@ from workbench.study import Plan, PlannedTrial
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SEND_SECONDS = 2.0
+SEND_SECONDS = 5.0  # between rounds, as often as a trial tells of its steps
 FLUSH_SECONDS = 90.0  # to finish at the end of a run; making the embedded database takes ten on a small machine
 
-_MOST_METRICS, _MOST_PARAMS = 1000, 100  # MLflow's limits for one call
+_MOST_METRICS, _MOST_PARAMS = 800, 100  # in one call, where MLflow's limit is 1000 of all kinds and 100 params
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -89,10 +92,15 @@ class Mirror:
         self._state = self._read_state()
         self._feeds: dict[str, Feed] = {}
         self._running: dict[str, int] = {}  # trial id -> the attempt that MLflow knows to be running
+        # Trials that MLflow may have a run of without our knowing: a kill came before its id was written.
+        self._perhaps_known = {trial_id for trial_id in plan.specs if store.trial_dir(trial_id).exists()}
+        self._without_params: set[str] = set()
+        self._changed = False  # what mlflow.json says, since it was written
         self._finish = threading.Event()
         self._thread: threading.Thread | None = None
         self._warned = False
         self._complete = False
+        self.cpu_seconds = {"connect": 0.0, "send": 0.0}  # of the thread; at first, to make the embedded database
 
     def start(self) -> None:
         """Begin to copy, in a thread of its own."""
@@ -117,7 +125,9 @@ class Mirror:
         while True:
             last = self._finish.is_set()
             try:
-                client = client or _connect(self._store, self.tracking_uri)
+                if client is None:
+                    client = _connect(self._store, self.tracking_uri)
+                    self.cpu_seconds["connect"] = time.thread_time()
                 self.send(client, last=last)
                 self._complete = last
             except _trouble() as error:
@@ -125,6 +135,7 @@ class Mirror:
                     self._warned = True
                     reason = str(error).strip().splitlines()[0][:200]
                     self._warn(f"MLflow cannot be reached, training goes on without it ({reason})")
+            self.cpu_seconds["send"] = time.thread_time() - self.cpu_seconds["connect"]
             if last:
                 return
             self._finish.wait(SEND_SECONDS)
@@ -134,48 +145,53 @@ class Mirror:
     def send(self, client: "MlflowClient", *, last: bool) -> None:
         """Send what MLflow has not got; `last` says that the driver does no more."""
         results = self._store.results_for(self._plan)
-        parent = self._parent_run(client)
-        for trial in started(results):
-            record = results.records[trial.trial_id]
-            if record.attempts and self._state["reached"].get(trial.trial_id) != reached(record):
-                self._send_trial(client, parent, trial, record)
-        self._send_parent(client, parent, results, last=last)
+        try:
+            parent = self._parent_run(client)
+            for trial in started(results):
+                record = results.records[trial.trial_id]
+                if record.attempts and self._state["reached"].get(trial.trial_id) != reached(record):
+                    self._send_trial(client, parent, trial, record)
+            self._send_parent(client, parent, results, last=last)
+        finally:
+            self._save()
 
     def _send_trial(self, client: "MlflowClient", parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
-        run = self._trial_run(client, parent, trial)
+        known = self._running.get(trial.trial_id) == record.attempts
         feed = self._feeds.setdefault(trial.trial_id, Feed(self._store, trial.trial_id))
-        marks = self._state["watermarks"].setdefault(trial.trial_id, [0, 0])
-        points, marks = feed.points(marks)
-        if not points and record.state == "running" and self._running.get(trial.trial_id) == record.attempts:
+        points, marks = feed.points(self._state["watermarks"].get(trial.trial_id, [0, 0]))
+        if not points and record.state == "running" and known:
             return
-        self._log(client, run, points)
+        run = self._trial_run(client, parent, trial)
+        over = record.state in ("finished", "diverged", "failed", "interrupted")
+        params = self._params(trial) if trial.trial_id in self._without_params else {}
+        tags = trial_tags(trial, record) if over or not known else {}
+        _log(client, run, points=[*points, *(final_points(trial, record) if over else [])], params=params, tags=tags)
+        self._changed = True
+        self._without_params.discard(trial.trial_id)
         self._state["watermarks"][trial.trial_id] = marks
         feed.sent()
-        client.log_batch(run, tags=_tags(trial_tags(trial, record)))
-        if record.state in ("finished", "diverged", "failed", "interrupted"):
-            self._log(client, run, final_points(trial, record))
+        if over:
             for path, folder in trial_files(self._store, trial):
                 client.log_artifact(run, str(path), folder)
             client.set_terminated(run, STATUS[record.state])
             self._state["reached"][trial.trial_id] = reached(record)
+            del self._feeds[trial.trial_id]
         else:
-            client.update_run(run, STATUS[record.state])
+            if not known:
+                client.update_run(run, STATUS[record.state])
             self._state["reached"].pop(trial.trial_id, None)
             self._running[trial.trial_id] = record.attempts
-        self._save()
 
-    def _log(self, client: "MlflowClient", run: str, points: Sequence[Point]) -> None:
-        from mlflow.entities import Metric
-
-        for some in _chunks(points, _MOST_METRICS):
-            client.log_batch(run, metrics=[Metric(*point) for point in some])
+    def _params(self, trial: PlannedTrial) -> dict[str, Any]:
+        spec = self._plan.specs[trial.trial_id]
+        return {**flatten(scientific(spec.config)), "seed": spec.seed}
 
     def _send_parent(self, client: "MlflowClient", run: str, results: StudyResults, *, last: bool) -> None:
         reached_now = study_reached(results, over=last)
         if self._state["reached"].get("parent") == reached_now:
             return
         status, tags = reached_now[0], {f"verdict.{verdict.claim}": verdict.verdict for verdict in results.verdicts}
-        client.log_batch(run, tags=_tags({**tags, "state": status.lower()}))
+        _log(client, run, tags={**tags, "state": status.lower()})
         for path in study_files(self._ref):
             client.log_artifact(run, str(path))
         if status == "RUNNING":
@@ -183,7 +199,7 @@ class Mirror:
         else:
             client.set_terminated(run, status)
         self._state["reached"]["parent"] = reached_now
-        self._save()
+        self._changed = True
 
     # Runs
 
@@ -192,23 +208,22 @@ class Mirror:
             self._state["experiment_id"] = self._experiment(client)
             tags = study_tags(self._plan)
             run = self._find_run(client, tags) or self._create_run(client, f"plan {self._plan.plan_hash}", tags)
-            _log_params(client, run, study_params(self._plan))
+            _log(client, run, params=study_params(self._plan))
             self._state["parent_run_id"] = run
-            self._save()
+            self._changed = True
         return self._state["parent_run_id"]
 
     def _trial_run(self, client: "MlflowClient", parent: str, trial: PlannedTrial) -> str:
-        runs = self._state["runs"]
-        if trial.trial_id not in runs:
-            identity = {"plan_hash": self._plan.plan_hash, "trial_id": trial.trial_id}
-            tags = {**study_tags(self._plan), **identity, "kind": "trial", "mlflow.parentRunId": parent}
-            name = f"{trial.variant} seed {trial.seed}"
-            run = self._find_run(client, {**identity, "kind": "trial"}) or self._create_run(client, name, tags)
-            spec = self._plan.specs[trial.trial_id]
-            _log_params(client, run, {**flatten(scientific(spec.config)), "seed": spec.seed})
-            runs[trial.trial_id] = run
-            self._save()
-        return runs[trial.trial_id]
+        runs, trial_id = self._state["runs"], trial.trial_id
+        if trial_id not in runs:
+            identity = {"plan_hash": self._plan.plan_hash, "trial_id": trial_id, "kind": "trial"}
+            tags = {**study_tags(self._plan), **identity, "mlflow.parentRunId": parent}
+            found = self._find_run(client, identity) if trial_id in self._perhaps_known else None
+            self._perhaps_known.add(trial_id)  # should the answer to the next call be lost
+            runs[trial_id] = found or self._create_run(client, f"{trial.variant} seed {trial.seed}", tags)
+            self._without_params.add(trial_id)
+            self._changed = True
+        return runs[trial_id]
 
     def _experiment(self, client: "MlflowClient") -> str:
         name = f"{self._plan.study.name}/{self._plan.study.profile}"
@@ -246,7 +261,10 @@ class Mirror:
         return {"tracking_uri": self.tracking_uri, "experiment_id": None, "parent_run_id": None, **empty}
 
     def _save(self) -> None:
-        durable.write_json(self._path, self._state)
+        """Write mlflow.json, once a round since it is long with many trials; what a kill loses is sent again."""
+        if self._changed:
+            durable.write_json(self._path, self._state, indent=None)
+            self._changed = False
 
 
 def _connect(store: Store, tracking_uri: str) -> "MlflowClient":
@@ -272,14 +290,24 @@ def _trouble() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError)
 
 
-def _log_params(client: "MlflowClient", run: str, params: dict[str, Any]) -> None:
-    from mlflow.entities import Param
+def _log(
+    client: "MlflowClient",
+    run: str,
+    *,
+    points: Sequence[Point] = (),
+    params: Mapping[str, Any] = MappingProxyType({}),
+    tags: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Send all in as few calls as MLflow's limits allow: each costs milliseconds, whatever it carries."""
+    from mlflow.entities import Metric, Param
 
-    for some in _chunks([Param(key, str(value)[:6000]) for key, value in params.items()], _MOST_PARAMS):
-        client.log_batch(run, params=some)
+    named = [Param(key, str(value)[:6000]) for key, value in params.items()]
+    parts = zip_longest(_chunks(points, _MOST_METRICS), _chunks(named, _MOST_PARAMS), [_tags(tags)], fillvalue=())
+    for some, given, told in parts:
+        client.log_batch(run, metrics=[Metric(*point) for point in some], params=given, tags=told)
 
 
-def _tags(values: dict[str, Any]) -> list[Any]:
+def _tags(values: Mapping[str, Any]) -> list[Any]:
     from mlflow.entities import RunTag
 
     return [RunTag(key, str(value)[:5000]) for key, value in values.items() if value is not None]

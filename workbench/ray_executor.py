@@ -1,7 +1,9 @@
 """Trials as processes under Ray Tune, on this machine or a cluster. The only importer of ray.
 
 Ray places processes and notices their death; it is not the record. Every call builds a fresh Tuner over one grid axis,
-the trials; each resumes from its own checkpoint. Processes are not reused: no number may depend on what ran before it.
+the trials; each resumes from its own checkpoint. On a CPU an actor of Ray is a slot that takes trial after trial; each
+runs in a fork of the slot's template (`workbench.template`), so no number depends on what ran before it. Elsewhere each
+trial has an actor of its own: on a GPU forking was never tried.
 """
 
 import logging
@@ -9,8 +11,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,9 @@ from ray import tune
 
 from workbench.errors import WorkbenchError
 from workbench.execution import Job
-from workbench.processes import Process
 from workbench.store import Store
 from workbench.study import TrialSpec
+from workbench.template import AVAILABLE, Template
 from workbench.trial import execute
 
 GRACE_SECONDS = 60.0
@@ -87,21 +91,26 @@ def _per_trial(job: Job) -> dict[str, float]:
 
 
 def _fit(job: Job, folder: Path) -> None:
-    trainable = tune.with_parameters(
-        _run_trial,
+    forks = AVAILABLE and job.resources.device == "cpu"
+    task = _Task(
         specs={spec.trial_id: spec for spec in job.specs},
-        runs=job.runs,
-        stop_file=job.stop.path,
-        device=job.resources.device,
-        driver=job.driver,
-        allow_code=job.allow_code,
+        logs=folder if forks else None,
+        run=partial(
+            execute,
+            runs=job.runs,
+            should_stop=job.stop.path.exists,
+            device=job.resources.device,
+            driver=job.driver,
+            allow_code=job.allow_code,
+        ),
     )
+    trainable = tune.with_parameters(_Slot, task=task)
     tuner = tune.Tuner(
         tune.with_resources(trainable, _per_trial(job)),
         param_space={"trial_id": tune.grid_search([spec.trial_id for spec in job.specs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=None if job.address else job.resources.concurrency,
-            reuse_actors=False,
+            reuse_actors=forks,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -112,25 +121,45 @@ def _fit(job: Job, folder: Path) -> None:
             log_to_file=True,
             # What a trial raises is on record and does not reach Ray, so what fails here is a process that died.
             failure_config=tune.FailureConfig(max_failures=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
             stop=_StopWhenAsked(job),
         ),
     )
     tuner.fit()
 
 
-def _run_trial(  # in a worker process
-    config: dict[str, Any],
-    *,
-    specs: dict[str, TrialSpec],
-    runs: Path,
-    stop_file: Path,
-    device: str,
-    driver: Process,
-    allow_code: bool,
-) -> None:
-    spec = specs[config["trial_id"]]
-    outcome = execute(spec, runs, should_stop=stop_file.exists, device=device, driver=driver, allow_code=allow_code)
-    tune.report({"outcome": outcome})
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What every slot is given: the trials, where forks print (None: no forks), and how to run one."""
+
+    specs: dict[str, TrialSpec]
+    logs: Path | None
+    run: Callable[[TrialSpec], Any]
+
+
+class _Slot(tune.Trainable):
+    """An actor in a process of its own: one trial after another, each in a fork, or a single one in the actor."""
+
+    def setup(self, config: dict[str, Any], *, task: _Task | None = None) -> None:
+        assert task is not None  # always given; Tune's own signature has only the config
+        self._trial_id, self._task = config["trial_id"], task
+        self._template = Template(log=task.logs / f"slot-{os.getpid()}.log") if task.logs else None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._trial_id = new_config["trial_id"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        work = partial(self._task.run, self._task.specs[self._trial_id])
+        if self._template is None:
+            work()
+        else:
+            self._template.run(work)
+        return {"done": True}
+
+    def cleanup(self) -> None:
+        if self._template is not None:
+            self._template.close()
 
 
 def _trial_name(trial: Any) -> str:

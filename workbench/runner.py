@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Literal, TextIO
 
 from workbench import commands, report
@@ -18,8 +19,10 @@ from workbench.attempts import read as read_attempts
 from workbench.errors import StoreError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
+from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
+from workbench.spending import spent
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 from workbench.trial import complete, write_error
@@ -78,6 +81,8 @@ def run_study(  # noqa: PLR0913 - the options of the command
                 out.write(run.report())
                 out.flush()
             mirror.finish()
+            if run.stop.signal is None:
+                run.say_spending()
         return run.say_end(code)
 
 
@@ -133,6 +138,24 @@ class _Run:
         report.render(results, format="md", out=self.ref.path / "report.md")
         return report.render(results, format="text")
 
+    def say_spending(self) -> None:
+        """Say and record what the time of this run went into; of a cluster it is not known how many trials it holds."""
+        if self.address is not None:
+            return
+        now = time.time()
+        found = spent(
+            self.store,
+            self.tried,
+            driver=Process.current(),
+            began_at=now - (time.monotonic() - self.began),
+            ended_at=now,
+            slots=self.resources.concurrency if self.executor == "ray" else 1,
+        )
+        if found is not None:
+            cpu = {"driver_cpu_seconds": time.process_time(), "mirror_cpu_seconds": self.mirror.cpu_seconds}
+            self.store.save_last_run(self.ref, {**asdict(found), "rest": found.rest, **cpu})
+            self.say(str(found))
+
     def say_end(self, code: int) -> int:
         """Name what failed, or the line that goes on; return `code`."""
         command = f"python -m workbench {shlex.join(sys.argv[1:])}"
@@ -154,6 +177,8 @@ class _Run:
         self._say_start(number, trials)
         concurrency = self.resources.concurrency if self.executor == "ray" else 1
         self.progress = Progress(self.store, trials, concurrency=concurrency, stream=self.err)
+        if self.executor == "ray":
+            from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
         self.mirror.start()
         with self.progress.showing():
             while not self.stop.requested():
@@ -257,6 +282,8 @@ class _Run:
         if line:
             self.say(f"           then {pages}")
         self.say(f"Dashboard: {commands.dashboard_command(self.store.root)}")
+        if self.executor == "ray":
+            self.say("Starting the processes that train, which takes some ten seconds")
 
     def _say_failure(self, trial: PlannedTrial) -> None:
         error = self.store.record(trial.trial_id).error or {}

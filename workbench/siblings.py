@@ -6,12 +6,15 @@ A plan that cannot be read is told and left out: it must not take the readable o
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from workbench import durable
 from workbench.errors import StoreError
 from workbench.study import FEWEST_SEEDS, Plan
+
+_FILES = ("plan.json", "registered.json", "looks.json", "verdicts.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,12 +37,16 @@ def read(folder: Path) -> RegisteredPlan | None:
     Raises:
         StoreError: a file of it is damaged, or a later version of the workbench wrote it.
     """
-    if not (folder / "plan.json").exists() or not (folder / "registered.json").exists():
-        return None
+    stamp = tuple(durable.stamp(folder / name) for name in _FILES)
+    return None if None in stamp[:2] else _read(folder, stamp)
+
+
+@lru_cache(maxsize=64)  # a driver asks again with every round of its mirror, and a plan of many trials is long
+def _read(folder: Path, stamp: tuple[object, ...]) -> RegisteredPlan:  # noqa: ARG001 - the stamp names the contents
     try:
-        plain, registered = (_object(folder / name) for name in ("plan.json", "registered.json"))
-        started = durable.read_json(folder / "looks.json") or {"looks": []}
-        judged = durable.read_json(folder / "verdicts.json") or {"verdicts": []}
+        plain, registered = (_object(folder / name) for name in _FILES[:2])
+        started = durable.read_json(folder / _FILES[2]) or {"looks": []}
+        judged = durable.read_json(folder / _FILES[3]) or {"verdicts": []}
         claims = {identity(claim): str(claim["id"]) for claim in plain["study"]["claims"]}
         return RegisteredPlan(
             folder=folder,

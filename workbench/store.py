@@ -3,7 +3,7 @@
     trials/<trial_id>/   spec.json  attempts/  events.jsonl  checkpoints/  evaluations/<eval_id>/{metrics.json,
                          predictions.parquet}  and, last of all, result.json or error.json
     studies/<study>/<profile>/<plan_hash>/   plan.json  study.yaml  registered.json  looks.json  verdicts.json
-                         mlflow.json  and what reports and Ray write
+                         mlflow.json  last_run.json  and what reports and Ray write
     index/   cache/   mlflow.db   mlartifacts/
 
 The state of a trial is derived from its files, so there is nothing to keep in step with them.
@@ -12,6 +12,7 @@ The state of a trial is derived from its files, so there is nothing to keep in s
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -30,6 +31,9 @@ from workbench.study import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_RECORD = ("attempts", "result.json", "error.json", "events.jsonl", "evaluations")  # what a trial's record is read from
+_SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
 
 
 class Store:
@@ -52,6 +56,7 @@ class Store:
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise StoreError(f"--runs {runs}: cannot be written; name another folder or change its permissions")
         self._readers: dict[str, durable.EventReader] = {}
+        self._settled: dict[str, tuple[tuple[Any, ...], TrialRecord]] = {}  # with the stamps of the files it is from
 
     # Paths
 
@@ -165,6 +170,10 @@ class Store:
         if stored is None or stored["verdicts"] != plain:
             durable.write_json(path, {"judged_at": durable.now(), "verdicts": plain})
 
+    def save_last_run(self, ref: StudyRef, spent: dict[str, Any]) -> None:
+        """Keep what the time of the last run went into."""
+        durable.write_json(ref.path / "last_run.json", spent)
+
     @contextmanager
     def lock(self, ref: StudyRef) -> Iterator[None]:
         """Hold a study for this driver; the operating system lets go when the process ends, however it ends.
@@ -190,8 +199,21 @@ class Store:
     # Trials
 
     def record(self, trial_id: str) -> TrialRecord:
-        """Return all that is known of a trial; a pending one has no folder."""
-        folder = self.trial_dir(trial_id)
+        """Return all that is known of a trial; a pending one has no folder.
+
+        One that nobody works on is read again only when its files change: those who watch a study ask every second.
+        """
+        stamps = _stamps(f"{self.root}/trials/{trial_id}")
+        kept = self._settled.get(trial_id)
+        if kept is not None and kept[0] == stamps:
+            return kept[1]
+        record = self._read_record(trial_id, self.trial_dir(trial_id))
+        changed = max((stamp[1] for stamp in stamps if stamp), default=0)
+        if record.state != "running" and time.time_ns() - changed > _SETTLED_NS:
+            self._settled[trial_id] = (stamps, record)
+        return record
+
+    def _read_record(self, trial_id: str, folder: Path) -> TrialRecord:
         tried = attempts.read(folder)
         result, error = self.result(trial_id), durable.read_json(folder / "error.json")
         events = self.events(trial_id)
@@ -203,7 +225,8 @@ class Store:
             state=_state(folder, tried, result, error),
             attempts=len(tried),
             seconds=result["seconds"] if result else max((event.seconds for event in progress), default=0.0),
-            total_seconds=sum(attempt.seconds for attempt in tried),
+            # An attempt ends a moment after the result is there.
+            total_seconds=max(sum(attempt.seconds for attempt in tried), result["total_seconds"] if result else 0.0),
             step=max((item.event.step for item in events), default=0),
             total_steps=totals[-1] if totals else None,
             epochs=tuple(epochs[number] for number in sorted(epochs)),
@@ -211,6 +234,12 @@ class Store:
             result=result,
             error=error,
         )
+
+    def scoring_seconds(self, trial_id: str, *, since: float) -> float:
+        """Return how long the evaluations of a trial took that were written after `since`, seconds since the epoch."""
+        found = self.trial_dir(trial_id).glob("evaluations/*/metrics.json")
+        written = [durable.read_json(path) for path in found if path.stat().st_mtime >= since]
+        return sum(plain["seconds"] for plain in written if plain is not None)
 
     def state(self, trial_id: str) -> TrialState:
         """Return a trial's state without reading its events."""
@@ -252,6 +281,12 @@ class Store:
 def _ref(folder: Path, registered_at: str) -> StudyRef:
     study, profile, plan_hash = folder.parts[-3:]
     return StudyRef(study=study, profile=profile, plan_hash=plan_hash, registered_at=registered_at, path=folder)
+
+
+def _stamps(folder: str) -> tuple[tuple[int, int, int] | None, ...]:
+    """Return what changes with what a trial's record is read from; of many trials most have no folder yet."""
+    found = durable.stamp(folder)
+    return (None,) if found is None else tuple(durable.stamp(f"{folder}/{name}") for name in _RECORD)
 
 
 def _post_hoc(plan: Plan, records: dict[str, TrialRecord], registered: Sequence[RegisteredPlan]) -> frozenset[str]:

@@ -349,9 +349,15 @@ def _cpu_seconds() -> float:
 
 
 def _write_parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
-    import pyarrow as pa  # only a trial writes predictions
+    import numpy as np  # only a trial writes predictions
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    def column(values: np.ndarray) -> pa.Array:  # as pa.array does, which imports pandas first
+        buffer = pa.py_buffer(np.ascontiguousarray(values))
+        return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, buffer])
+
+    table = pa.table({name: column(values) for name, values in columns.items()})
+    pq.write_table(table, path, compression="zstd")
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -146,6 +146,28 @@ def test_sync_replays_exactly_once(store, toy_plan, toy_trainer, client, ref):
 
 
 @pytest.mark.ci
+def test_a_run_whose_id_never_arrived_is_found(store, toy_plan, toy_trainer, client, ref, monkeypatch):
+    """When the answer to the creation of a run is lost, the next round takes that run and makes no second one."""
+    mirror = Mirror(store, ref, toy_plan, tracking_uri=None, warn=_unexpected)
+    mirror.send(client, last=False)  # the parent
+    spec = next(iter(toy_plan.specs.values()))
+    run(spec, store, toy_trainer())
+    create = client.create_run
+
+    def lose(*args, **options):
+        create(*args, **options)
+        raise ConnectionError("the answer is lost")
+
+    monkeypatch.setattr(client, "create_run", lose)
+    with pytest.raises(ConnectionError):
+        mirror.send(client, last=False)
+    mirror.send(client, last=True)
+    assert len(client.search_runs([mirror._state["experiment_id"]], "tags.kind = 'trial'")) == 1
+    child = runs_of(client, "trial")[spec.trial_id]
+    assert (child.info.status, child.data.params["training.epochs"]) == ("FINISHED", "1")
+
+
+@pytest.mark.ci
 def test_a_locked_database_delays_the_copy_only(store, toy_plan, toy_trainer, client, ref):
     """While somebody holds the database the mirror says so once and keeps everything; `sync` makes up for it."""
     spec = next(iter(toy_plan.specs.values()))

@@ -11,7 +11,9 @@ import pytest
 
 from workbench import attempts
 from workbench.durable import EventReader
+from workbench.provenance import available_cores
 from workbench.store import Store
+from workbench.template import AVAILABLE
 
 pytestmark = pytest.mark.ci
 
@@ -20,10 +22,13 @@ CUSTOM = 'model.box_head: {kind: custom, target: "heads:Mine"}'
 PATIENCE = 120  # seconds, on a busy machine
 
 
-def start(study, runs, executor, *options, seeds=1):
+WITHOUT_FORKS = "import sys; from workbench import cli, ray_executor as r; r.AVAILABLE = False; sys.exit(cli.main())"
+
+
+def start(study, runs, executor, *options, seeds=1, program=("-m", "workbench")):
     """Start a run of the toy study, with a hundred steps a trial."""
     sets = [part for item in SETS for part in ("--set", item)]
-    parts = [sys.executable, "-m", "workbench", "run", str(study), "--profile", "smoke", *sets, "--runs", str(runs)]
+    parts = [sys.executable, *program, "run", str(study), "--profile", "smoke", *sets, "--runs", str(runs)]
     return subprocess.Popen(
         [*parts, "--executor", executor, "--seeds", str(seeds), "--tracking-uri", "http://127.0.0.1:9", *options],
         stdout=subprocess.PIPE,
@@ -80,6 +85,31 @@ def test_kills_of_worker_and_driver_cost_nothing_but_time(toy_study, tmp_path):
     assert Store(runs).record(folder.name).attempts == 3
 
 
+def test_slots_take_trial_after_trial_in_new_processes(toy_study, tmp_path):
+    """Two seeds of two variants go through the slots seed by seed, each in a process of its own.
+
+    Where forking is not safe every trial has an actor of its own, and the weights are the same.
+    """
+    few = ("--set", "training.epochs=1")
+    programs = {"forks": ("-m", "workbench"), "actors": ("-c", WITHOUT_FORKS)}
+    for place, program in programs.items():
+        with start(toy_study, tmp_path / place, "ray", *few, seeds=2, program=program) as process:
+            _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        assert "Time: " in err
+        folders = list((tmp_path / place / "trials").glob("*"))
+        order = sorted(folders, key=lambda folder: attempts.read(folder)[0].began_at)
+        assert len({attempts.read(folder)[0].worker.pid for folder in order}) == len(order) == 4
+        seeds = [json.loads((folder / "spec.json").read_text())["seed"] for folder in order]
+        assert (seeds[0], seeds[-1]) == (0, 1)  # a slot that starts late begins its trial of seed 0 late
+        (study,) = (tmp_path / place / "studies").glob("*/*/*")
+        spent = json.loads((study / "last_run.json").read_text())
+        assert (spent["trials"], spent["slots"]) == (4, min(4, available_cores()))
+        slots = len(list(study.glob("ray/slot-*.log")))
+        assert slots == (spent["slots"] if place == "forks" and AVAILABLE else 0)
+    assert _hashes(tmp_path / "forks", count=4) == _hashes(tmp_path / "actors", count=4)
+
+
 def test_ctrl_c_ends_in_good_order(toy_study, tmp_path):
     """One Ctrl-C: running trials write a checkpoint, nothing new begins, exit code 130 and the line that goes on."""
     with start(toy_study, tmp_path, "ray", seeds=2) as driver:
@@ -107,7 +137,7 @@ def test_code_travels_to_the_workers(toy_study, tmp_path):
     assert len(list((tmp_path / "runs" / "trials").glob("*/code/heads.py"))) == 1
 
 
-def _hashes(runs):
+def _hashes(runs, *, count=2):
     paths = sorted((runs / "trials").glob("*/result.json"))
-    assert len(paths) == 2
+    assert len(paths) == count
     return {path.parent.name: json.loads(path.read_text())["weights_hash"] for path in paths}

@@ -1,13 +1,15 @@
 """The runs folder: what is kept of studies and trials, and what is read back."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
-from workbench import durable
+from workbench import attempts, durable
 from workbench.errors import BusyError, StoreError
 from workbench.plan import make_plan
 from workbench.store import Store
@@ -290,3 +292,18 @@ def _sets(plan):
         f"data.num_val={data.num_val}",
         f"evaluation.training_subset={subset}",
     )
+
+
+def test_a_settled_trial_is_read_again_only_when_it_changes(store, toy_plan, toy_trainer):
+    """What nobody works on costs a look at its files; another attempt, or a result set aside, is seen at once."""
+    trial_id = toy_plan.trials[0].trial_id
+    run_all(toy_plan, store, toy_trainer())
+    long_ago = time.time() - 60
+    for path in (store.trial_dir(trial_id), *store.trial_dir(trial_id).iterdir()):
+        os.utime(path, (long_ago, long_ago))
+    known = store.record(trial_id)
+    assert store.record(trial_id) is known
+    attempts.begin(store.trial_dir(trial_id), driver=None)
+    assert (known.attempts, store.record(trial_id).attempts) == (1, 2)
+    (store.trial_dir(trial_id) / "result.json").unlink()
+    assert store.record(trial_id).result is None
