@@ -1,6 +1,6 @@
 """One seed, many independent named streams: a toggle that draws more numbers shifts nobody else's.
 
-The only caller of `torch.manual_seed`.
+The only place that seeds torch's global generators.
 """
 
 import hashlib
@@ -30,6 +30,14 @@ def torch_stream(seed: int, *names: str | int, device: torch.device | str = "cpu
 @contextmanager
 def seeded(seed: int, *names: str | int) -> Iterator[None]:
     """Seed torch's global generators within the block, for code that accepts no generator; restore them after."""
-    with torch.random.fork_rng():
-        torch.manual_seed(key(seed, *names))
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():  # else nothing on a GPU has drawn or is about to
+        generators.extend(torch.cuda.default_generators)
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(key(seed, *names))
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
