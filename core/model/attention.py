@@ -5,6 +5,7 @@ reading a `Memory`. In the encoder the queries are the memory's own tokens.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,27 @@ class Multihead(nn.MultiheadAttention):
         self._reset_parameters()
         nn.init.xavier_uniform_(self.out_proj.weight)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, allowed: Tensor | None = None) -> Tensor:
+        """Map queries (B, Q, C), keys and values (B, T, C) to (B, Q, C) by torch's fused kernels.
+
+        `allowed` broadcasts to (B, M, Q, T), False = may not attend; None = all may.
+        """
+        dim = self.embed_dim
+        of_query, of_key, of_value = self.in_proj_weight.split(dim)
+        bias_query, bias_key, bias_value = self.in_proj_bias.split(dim)
+        if query is key:
+            both = F.linear(query, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
+            queries, keys = both.split(dim, dim=-1)
+        else:
+            queries, keys = F.linear(query, of_query, bias_query), F.linear(key, of_key, bias_key)
+        heads = (queries, keys, F.linear(value, of_value, bias_value))
+        attended = F.scaled_dot_product_attention(
+            *(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in heads),
+            attn_mask=allowed,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
 
 class SelfAttention(Multihead):
     """Dense attention among queries; positions join queries and keys, not values."""
@@ -32,7 +54,7 @@ class SelfAttention(Multihead):
     def forward(self, x: Tensor, position: Tensor, blocked_mask: Tensor | None) -> Tensor:  # type: ignore[override]
         """Map `x` and `position` (B, Q, C) to (B, Q, C); `blocked_mask` (Q, Q) bool, True = may not attend."""
         where = x + position  # (the signature is narrower than torch's on purpose: nobody else calls this)
-        return super().forward(where, where, x, attn_mask=blocked_mask, need_weights=False)[0]
+        return self.attend(where, where, x, allowed=None if blocked_mask is None else ~blocked_mask)
 
 
 class DenseAttention(Multihead):
@@ -41,8 +63,9 @@ class DenseAttention(Multihead):
     def forward(self, content: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:  # type: ignore[override]
         """Attend; positions join queries and keys, not values."""
         keys = memory.tokens + memory.position
-        padding = memory.padding_mask
-        return super().forward(content + position, keys, memory.tokens, key_padding_mask=padding, need_weights=False)[0]
+        own = content is memory.tokens and position is memory.position
+        allowed = ~memory.padding_mask[:, None, None] if memory.padded else None
+        return self.attend(keys if own else content + position, keys, memory.tokens, allowed=allowed)
 
 
 class QuestionAttention(Multihead):
@@ -56,8 +79,7 @@ class QuestionAttention(Multihead):
     def forward(self, tokens: Tensor, position: Tensor, question: Tensor) -> Tensor:  # type: ignore[override]
         """Map `tokens` with their `position` (B, S, C), given `question` (Q, C), to (B, S, C)."""
         words = question.expand(len(tokens), -1, -1)
-        attended = super().forward(tokens + position, words, words, need_weights=False)[0]
-        return self.norm(tokens + self.residual_dropout(attended))
+        return self.norm(tokens + self.residual_dropout(self.attend(tokens + position, words, words)))
 
 
 class WindowAttention(nn.Module):
@@ -146,32 +168,45 @@ class DeformableAttention(nn.Module):
         if reference is None:
             raise ValueError("deformable attention needs references: set model.queries.reference to point or box")
         query = content + position
-        value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask[..., None], 0.0)
+        value = self.value_proj(memory.tokens)
+        if memory.padded:
+            value = value.masked_fill(memory.padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
-        ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, L, 2 or 4)
+        around = reference[:, :, None]  # (B, Q, 1 or L, 2 or 4) of the padded levels
+        if memory.padded:
+            around = around * memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
+        around = around[:, :, None, :, None]
         if not self.own_level:
-            padded = reference[:, :, None] * ratios[:, None]  # (B, Q, L, 2 or 4) of the padded levels
-            locations = self._locations(padded[:, :, None, :, None], offsets, memory.spatial_shapes)
+            locations = self._locations(around, offsets, memory.spatial_shapes)
             return self.output_proj(sample_and_sum(value, memory.spatial_shapes, locations, weights))
         levels = []
         start = 0
         for level, shape in enumerate(memory.spatial_shapes):
             own = slice(start, start + shape[0] * shape[1])
-            padded = reference[:, own, None] * ratios[:, None, level : level + 1]
-            locations = self._locations(padded[:, :, None, :, None], offsets[:, own], (shape,))
+            of_level = around[:, own, :, level : level + 1] if memory.padded else around[:, own]
+            locations = self._locations(of_level, offsets[:, own], (shape,))
             levels.append(sample_and_sum(value[:, own], (shape,), locations, weights[:, own]))
             start = own.stop
         return self.output_proj(torch.cat(levels, dim=1))
 
-    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Around a point, offsets count in cells of each level; around a box, P of them reach half its side."""
-        if reference.shape[-1] == 2:
-            sizes = reference.new_tensor([[w, h] for h, w in spatial_shapes])  # (x, y), from rows of (H, W)
-            return reference + offsets / sizes[:, None]
-        return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+    def _locations(self, around: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+        """Around a point, offsets count in cells of each level; around a box, P of them reach half its side.
+
+        Offsets (B, Q, M, L, P, 2) `around` (B, Q, 1, 1 or L, 1, 2 or 4) give locations of the precision of these.
+        """
+        if around.shape[-1] == 2:
+            return around + offsets * _cell_sides(spatial_shapes, around.device, around.dtype)
+        return torch.addcmul(around[..., :2], offsets.to(around.dtype), around[..., 2:] * (0.5 / self.num_points))
+
+
+@lru_cache(maxsize=8)
+def _cell_sides(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return (w, h) of a cell of each level, (L, 1, 2), as a share of the level."""
+    with torch.inference_mode(mode=False):  # they serve training, too
+        return torch.tensor([[[1 / width, 1 / height]] for height, width in spatial_shapes], device=device, dtype=dtype)
 
 
 def sample_and_sum(

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from core.model.initialise import reset_parameters
+from core.types import may_be_padded
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -47,7 +48,9 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> tuple[Tensor, ...]:
         """Map `images` (B, 3, H, W) uint8 and `padding_mask` (B, H, W) to L maps (B, channels_l, H_l, W_l)."""
-        x = ((images.float() - self.mean) / self.std).masked_fill(padding_mask[:, None], 0.0)
+        x = (images - self.mean).div_(self.std)
+        if may_be_padded(padding_mask):
+            x = x.masked_fill_(padding_mask[:, None], 0.0)
         features = self.body(x.contiguous(memory_format=torch.channels_last))
         return tuple(features.values()) if isinstance(features, dict) else tuple(features)
 

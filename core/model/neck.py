@@ -29,8 +29,11 @@ class Neck(nn.Module):
         extra = [_level(c, dim, norm=norm, extra=True) for c in extra_inputs]
         self.projections = nn.ModuleList(lateral + extra)
 
-    def forward(self, features: tuple[Tensor, ...], padding_mask: Tensor) -> FeaturePyramid:
-        """Project `features`, L' maps (B, channels_l, H_l, W_l), and shrink `padding_mask` (B, H, W) to each level."""
+    def forward(self, features: tuple[Tensor, ...], padding_mask: Tensor, *, padded: bool = True) -> FeaturePyramid:
+        """Project `features`, L' maps (B, channels_l, H_l, W_l), and shrink `padding_mask` (B, H, W) to each level.
+
+        `padded` False says that nothing is padded.
+        """
         levels: list[Tensor] = []
         for index, projection in enumerate(self.projections):
             if index < len(features):
@@ -38,10 +41,13 @@ class Neck(nn.Module):
             else:
                 source = features[-1] if index == len(features) else levels[-1]
             levels.append(projection(source))
-        masks = tuple(
-            F.interpolate(padding_mask[:, None].float(), size=level.shape[-2:]).bool()[:, 0] for level in levels
-        )
-        return FeaturePyramid(features=tuple(levels), padding_masks=masks)
+        sizes = [level.shape[-2:] for level in levels]
+        if padded:
+            mask = padding_mask[:, None].float()
+            masks = tuple(F.interpolate(mask, size=size).bool()[:, 0] for size in sizes)
+        else:
+            masks = tuple(padding_mask.new_zeros(1, *size).expand(len(padding_mask), -1, -1) for size in sizes)
+        return FeaturePyramid(features=tuple(levels), padding_masks=masks, padded=padded)
 
 
 def _level(channels: int, dim: int, *, norm: bool, extra: bool) -> nn.Module:

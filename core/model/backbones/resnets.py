@@ -1,6 +1,5 @@
 """Residual networks: a narrow one for the laptop, and torchvision's."""
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -46,7 +45,7 @@ class _BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # A strided 1x1 convolution of few channels in channels-last corrupts memory in torch 2.14's CPU backward.
         shortcut = self.shortcut(x[..., :: self.stride, :: self.stride])
-        return torch.relu(self.norm(self.second(self.first(x))) + self.shortcut_norm(shortcut))
+        return self.norm(self.second(self.first(x))).add_(self.shortcut_norm(shortcut)).relu_()
 
 
 def _conv_norm_relu(channels_in: int, channels_out: int, *, stride: int, dilation: int = 1) -> nn.Sequential:
