@@ -31,7 +31,7 @@ class Averaged(Generic[Model]):
         decay = min(self.decay, (1 + step) / (10 + step))
         if self._averaged:
             ours, theirs = (list(side) for side in zip(*self._averaged, strict=True))
-            torch._foreach_lerp_(ours, theirs, 1 - decay)
+            torch._foreach_lerp_(ours, theirs, 1 - decay)  # type: ignore[attr-defined]  # the stub lacks it
         for ours, theirs in self._copied:
             ours.copy_(theirs)
 
@@ -73,4 +73,4 @@ def shorten(parameters: Sequence[nn.Parameter], *, norm: float, clip_norm: float
     """Shorten the whole gradient, which has this norm, to `clip_norm`, if it is longer."""
     if clip_norm is not None and not norm <= clip_norm:  # a norm that is not a number passes on
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, clip_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients, clip_norm / (norm + 1e-6))  # type: ignore[attr-defined]  # the stub lacks it

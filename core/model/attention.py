@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 from core.model.layers import Linear
+from core.model.linear import FastLinear, linear
 from core.types import Memory
 
 
@@ -35,11 +36,11 @@ class Multihead(nn.MultiheadAttention):
         of_query, of_key, of_value = self.in_proj_weight.split(dim)
         bias_query, bias_key, bias_value = self.in_proj_bias.split(dim)
         if query is key:
-            both = F.linear(query, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
+            both = linear(query, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
             queries, keys = both.split(dim, dim=-1)
         else:
-            queries, keys = F.linear(query, of_query, bias_query), F.linear(key, of_key, bias_key)
-        heads = (queries, keys, F.linear(value, of_value, bias_value))
+            queries, keys = linear(query, of_query, bias_query), linear(key, of_key, bias_key)
+        heads = (queries, keys, linear(value, of_value, bias_value))
         attended = F.scaled_dot_product_attention(
             *(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in heads),
             attn_mask=allowed,
@@ -140,8 +141,8 @@ class DeformableAttention(nn.Module):
         self.num_heads, self.num_points, self.own_level = num_heads, num_points, own_level
         self.num_levels = 1 if own_level else num_levels
         samples = num_heads * self.num_levels * num_points
-        self.sampling_offsets = nn.Linear(dim, samples * 2)
-        self.attention_weights = nn.Linear(dim, samples)
+        self.sampling_offsets = FastLinear(dim, samples * 2)
+        self.attention_weights = FastLinear(dim, samples)
         self.value_proj = Linear(dim, dim)
         self.output_proj = Linear(dim, dim)
 

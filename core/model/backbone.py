@@ -10,7 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from core.model.folding import is_pointwise
 from core.model.initialise import reset_parameters
+from core.model.linear import PointwiseConv
 from core.types import may_be_padded
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,6 +42,9 @@ class Backbone(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
+        for module in body.modules():
+            if type(module) is nn.Conv2d and is_pointwise(module):
+                module.__class__ = PointwiseConv
         self.body = body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.channels = channels
         self.strides = strides

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
+from core.model.linear import PointwiseConv
 from core.types import FeaturePyramid
 
 
@@ -13,6 +14,10 @@ class _Projection(nn.Conv2d):
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class _Lateral(_Projection, PointwiseConv):
+    """One of a single cell."""
 
 
 class Neck(nn.Module):
@@ -51,7 +56,9 @@ class Neck(nn.Module):
 
 
 def _level(channels: int, dim: int, *, norm: bool, extra: bool) -> nn.Module:
-    kind = _Projection if norm else nn.Conv2d
-    conv = kind(channels, dim, 3, stride=2, padding=1) if extra else kind(channels, dim, 1)
+    if extra:
+        conv = (_Projection if norm else nn.Conv2d)(channels, dim, 3, stride=2, padding=1)
+    else:
+        conv = (_Lateral if norm else PointwiseConv)(channels, dim, 1)
     groups = max(1, dim // 8)  # of 8 channels: 32 at the reference's 256
     return nn.Sequential(conv, nn.GroupNorm(groups, dim)) if norm else nn.Sequential(conv)

@@ -6,6 +6,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from core.model.backbone import Backbone, freeze_through, load_torchvision, true_strides
+from core.model.folding import fold_norms
 
 
 class SmallResNet(Backbone):
@@ -25,6 +26,7 @@ class SmallResNet(Backbone):
             previous = channels
         names = {f"stride{stride}": str(stride) for stride in strides}
         body = IntermediateLayerGetter(nn.ModuleDict(layers), names)
+        fold_norms(body)
         super().__init__(
             body, channels=tuple(widths[s] for s in strides), strides=true_strides(strides, dilation=dilation)
         )
@@ -79,6 +81,7 @@ class ResNet(Backbone):
         )
         layers = {f"layer{stride.bit_length() - 2}": str(stride) for stride in strides}  # stride 4 is layer1
         body = IntermediateLayerGetter(resnet, layers)
+        fold_norms(body)
         expansion = 4 if depth >= 50 else 1
         super().__init__(
             body,
