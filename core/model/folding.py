@@ -58,7 +58,10 @@ def fold_norms(body: nn.Module) -> None:
             if type(conv) is nn.Conv2d and conv.bias is None and type(norm) in (FrozenBatchNorm2d, nn.BatchNorm2d):
                 conv.__class__ = _FoldedConv
                 conv.norms = (norm,)  # type: ignore[assignment]  # checked above
-                norm.__class__ = _FoldedFrozenNorm if isinstance(norm, FrozenBatchNorm2d) else _FoldedNorm
+                if isinstance(norm, FrozenBatchNorm2d):
+                    norm.__class__ = _FoldedFrozenNorm
+                else:
+                    norm.__class__ = _FoldedNorm
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
