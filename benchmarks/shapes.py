@@ -27,7 +27,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorShape:
-    """A Deformable DETR with a ResNet and `batch` pictures of `height` x `width` pixels; Q `queries`."""
+    """A Deformable DETR, or a DETR, with a ResNet and `batch` pictures of `height` x `width` pixels; Q `queries`."""
 
     resnet: int
     dim: int
@@ -61,3 +61,6 @@ DETECTORS = {
         resnet=50, dim=256, ffn=1024, heads=8, layers=6, queries=300, batch=1, height=480, width=640
     ),
 }
+
+# As published (arXiv:2005.12872), at the same picture size.
+PLAIN_DETR = DetectorShape(resnet=50, dim=256, ffn=2048, heads=8, layers=6, queries=100, batch=1, height=480, width=640)

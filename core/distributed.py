@@ -7,6 +7,7 @@ Who starts the processes also calls `torch.distributed.init_process_group` (gloo
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -72,7 +73,14 @@ class StepLoss(nn.Module):
     def forward(self, batch: Batch, generator: Generator) -> tuple[Tensor, tuple[LossTerm, ...]]:
         """Return the weighted sum of the loss terms, fp32, and the terms."""
         terms = self.detector.loss(batch, generator)
-        return torch.stack([term.weight * term.value.float() for term in terms]).sum(), terms
+        values = torch.stack([term.value.float() for term in terms])
+        return (values * _constants(tuple(term.weight for term in terms), values.device)).sum(), terms
+
+
+@lru_cache(maxsize=8)
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a tensor that is copied to the device once, not every step."""
+    return torch.tensor(values, device=device)
 
 
 def step_loss(detector: Detector, world: World) -> nn.Module:

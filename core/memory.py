@@ -1,4 +1,4 @@
-"""The largest memory of a trial, also where several trials run one after another in one process."""
+"""The memory of a trial: what it keeps, and the largest amount, also where trials share a process one after another."""
 
 import ctypes
 import gc
@@ -10,6 +10,19 @@ import torch
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_MALLOPT = {-1: 2**31 - 1, -3: 32 * 2**20}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (32 MiB is the most): man mallopt
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next step, where it is glibc; blocks from 32 MiB on are returned.
+
+    Else every step gets its memory from the system anew, page by page, which costs a small model a tenth of its time.
+    The largest memory stays the same, and `reset_peak_memory` returns all.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in _MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """One seed, many independent named streams: a toggle that draws more numbers shifts nobody else's.
 
-The only caller of `torch.manual_seed`.
+The only place that seeds torch's global generators.
 """
 
 import hashlib
@@ -30,11 +30,14 @@ def torch_stream(seed: int, *names: str | int, device: torch.device | str = "cpu
 @contextmanager
 def seeded(seed: int, *names: str | int) -> Iterator[None]:
     """Seed torch's global generators within the block, for code that accepts no generator; restore them after."""
-    value = key(seed, *names)
-    on_gpu = torch.cuda.is_initialized()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else ()):
-        # Before a GPU is in use, torch.manual_seed would keep every call with its traceback, to make up for it later.
-        torch.default_generator.manual_seed(value)
-        if on_gpu:
-            torch.cuda.manual_seed_all(value)
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():  # else nothing on a GPU has drawn or is about to
+        generators.extend(torch.cuda.default_generators)
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(key(seed, *names))
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -24,9 +24,10 @@ from core.data.loading import step_parts
 from core.data.splits import DataSplits
 from core.detector import build_detector
 from core.distributed import ALONE, World, step_loss, unsynchronised
-from core.optimisation import Averaged, clip, learning_rate_factor, parameter_groups
+from core.memory import keep_freed_memory
+from core.optimisation import Averaged, gradient_norm, learning_rate_factor, parameter_groups, shorten
 from core.seeding import seeded, torch_stream
-from core.types import Batch, Detector
+from core.types import Batch, Detector, LossTerm
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 1.0  # of an fp16 loss; a gradient that overflows below is no matter of scale
@@ -67,6 +68,27 @@ class Sums:
         }
 
 
+class _Losses:
+    """The losses of a step's parts, kept on the device until all are read in one transfer."""
+
+    def __init__(self) -> None:
+        self._values: list[torch.Tensor] = []
+        self._names: list[tuple[str, float]] = []  # and the weight of each
+
+    def add(self, total: torch.Tensor, terms: tuple[LossTerm, ...]) -> None:
+        """Keep the losses of a part."""
+        self._names += [("total", 1.0), *((f"{term.source}/{term.name}", term.weight) for term in terms)]
+        self._values += [total.detach(), *(term.value.detach() for term in terms)]
+
+    def read(self, norm: torch.Tensor) -> tuple[dict[str, float], float]:
+        """Return the weighted losses, summed by name, and the norm."""
+        *values, found = torch.stack([*self._values, norm]).tolist()
+        losses: dict[str, float] = {}
+        for (name, weight), value in zip(self._names, values, strict=True):
+            losses[name] = losses.get(name, 0.0) + weight * value
+        return losses, found
+
+
 class Trainer:
     """One trial in this process: state, one step, its checkpoint. Close it to end the processes that read pictures."""
 
@@ -76,6 +98,7 @@ class Trainer:
         part_length(config.training, world.size)
         self.config, self.seed, self.data, self.device, self.world = config, seed, data, device, world
         torch.set_num_threads(config.training.threads)
+        keep_freed_memory()
         self.detector = build_detector(config, num_classes=len(data.class_names), seed=seed).to(device)
         if config.training.compile:
             compile_backbones(self.detector)
@@ -85,6 +108,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.detector, config.training), weight_decay=config.training.weight_decay, fused=True
         )
+        self._parameters = [own for group in self.optimizer.param_groups for own in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16")
         self.steps_per_epoch = steps_per_epoch(len(data.train), config.training)
         self.total_steps = self.steps_per_epoch * config.training.epochs
@@ -109,17 +133,19 @@ class Trainer:
         parts = self._next_parts()
         self.detector.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._backward(parts)
+        own = self._backward(parts)
         self.scaler.unscale_(self.optimizer)
-        norm = float(clip(self.detector.parameters(), self.config.training.clip_norm))
+        own_losses, norm = own.read(gradient_norm(self._parameters))
+        losses = self._summed(own_losses)
         may_skip = self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE
         if not math.isfinite(losses["total"]) or not (may_skip or math.isfinite(norm)):
             raise FloatingPointError(f"loss {losses['total']} and gradient norm {norm} at step {self.num_step}")
+        shorten(self._parameters, norm=norm, clip_norm=self.config.training.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.num_step += 1
         if self.averaged is not None:
-            self.averaged.update(self.detector, self.num_step)
+            self.averaged.update(self.num_step)
         return losses, norm
 
     def _next_parts(self) -> tuple[Batch, ...]:
@@ -140,11 +166,11 @@ class Trainer:
         self.waited += time.perf_counter() - began
         return parts
 
-    def _backward(self, parts: tuple[Batch, ...]) -> dict[str, float]:
-        """Sum the gradient over parts and processes; return the weighted losses, summed likewise."""
+    def _backward(self, parts: tuple[Batch, ...]) -> "_Losses":
+        """Sum the gradient over parts and processes; return what the losses of this process are."""
         own_counts = [len(target.labels) for part in parts for target in part.targets]
         counts = tuple(count for counts in self.world.gather(own_counts) for count in counts)
-        own = {"total": 0.0}
+        losses = _Losses()
         for index, part in enumerate(parts):
             batch = replace(part, box_counts=counts).to(self.device)
             synchronised = index == len(parts) - 1
@@ -152,11 +178,12 @@ class Trainer:
                 with self.world.together():
                     total, terms = self._forward(batch, part=self.world.rank * len(parts) + index)
                 # Processes average their gradients, and the step's gradient is their sum.
-                self.scaler.scale(total * self.world.size).backward()
-            own["total"] += float(total.detach())
-            for term in terms:
-                name = f"{term.source}/{term.name}"
-                own[name] = own.get(name, 0.0) + term.weight * float(term.value.detach())
+                self.scaler.scale(total * self.world.size if self.world.size > 1 else total).backward()
+            losses.add(total, terms)
+        return losses
+
+    def _summed(self, own: dict[str, float]) -> dict[str, float]:
+        """Sum the losses over the processes."""
         losses: dict[str, float] = {}
         for theirs in self.world.gather(own):
             for name, value in theirs.items():

@@ -37,13 +37,15 @@ class Batch:
 
     `images` (B, 3, H, W) uint8, RGB, 0 where padded (the backbone normalises as its weights ask); `padding_mask`
     (B, H, W) bool, True = padding. `box_counts`: number of true boxes of every picture of the whole optimiser step,
-    over all processes and parts of the batch; None where this batch is all. Losses are normalised by it.
+    over all processes and parts of the batch; None where this batch is all. Losses are normalised by it. `padded`
+    False = nothing is padded, for sure: `to` finds out, while it costs no waiting for a GPU.
     """
 
     images: Tensor
     padding_mask: Tensor
     targets: tuple[Target, ...]
     box_counts: tuple[int, ...] | None = None
+    padded: bool = True
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -52,6 +54,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device; from page-locked memory without waiting for it."""
+        padded = self.padded and may_be_padded(self.padding_mask)
+        if self.images.device == device:
+            return replace(self, padded=padded)
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -65,18 +70,25 @@ class Batch:
             )
             for target in self.targets
         )
-        return replace(self, images=moved(self.images), padding_mask=moved(self.padding_mask), targets=targets)
+        images, padding_mask = moved(self.images), moved(self.padding_mask)
+        return replace(self, images=images, padding_mask=padding_mask, targets=targets, padded=padded)
+
+
+def may_be_padded(padding_mask: Tensor) -> bool:
+    """Return whether any of `padding_mask` is True; on a GPU, where one would have to wait for the answer, True."""
+    return padding_mask.device.type != "cpu" or bool(padding_mask.any())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturePyramid:
     """Projected feature maps, finest first.
 
-    `features` L x (B, C, H_l, W_l); `padding_masks` L x (B, H_l, W_l), True = padding.
+    `features` L x (B, C, H_l, W_l); `padding_masks` L x (B, H_l, W_l), True = padding; `padded` False = none is.
     """
 
     features: tuple[Tensor, ...]
     padding_masks: tuple[Tensor, ...]
+    padded: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +97,7 @@ class Memory:
 
     `tokens` (B, S, C); `position` (B, S, C) their position embedding; `padding_mask` (B, S) True = padding;
     `spatial_shapes` L x (H, W); `valid_ratios` (B, L, 2) (w, h) in (0, 1]; `layers` the output of each encoder layer,
-    each (B, S, C), the last one being `tokens`.
+    each (B, S, C), the last one being `tokens`; `padded` False = no token is padding, and all valid ratios are 1.
     """
 
     tokens: Tensor
@@ -94,6 +106,7 @@ class Memory:
     spatial_shapes: tuple[tuple[int, int], ...]
     valid_ratios: Tensor
     layers: tuple[Tensor, ...]
+    padded: bool = True
 
 
 # How queries get their true boxes: `one_to_one` within each of `repeats` equal groups of queries that stand side by

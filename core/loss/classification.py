@@ -21,11 +21,12 @@ class ClassificationLoss(Protocol):
     def __call__(
         self, logits: Tensor, labels: Tensor, *, iou: Tensor, valid: Tensor | None, counts: Sequence[int], repeats: int
     ) -> Tensor:
-        """Return the normalised loss, ().
+        """Return the normalised loss of each row, (R,).
 
-        `logits` (B, Q, K), or (B, Q, K + 1) for a softmax; `labels` (B, Q) int64 in 0..K, K being "no object"; `iou`
-        (B, Q) of the predicted with the true box, 0 where there is none, without gradient; `valid` (B, Q) bool, False =
-        no loss, or None = all count; `repeats` queries that each true box has.
+        `logits` (R, B, Q, K), or (R, B, Q, K + 1) for a softmax: rows are layers, say, with a loss each; `labels`
+        (R, B, Q) int64 in 0..K, K being "no object"; `iou` (R, B, Q) of the predicted with the true box, 0 where there
+        is none, without gradient; `valid` (B, Q) bool, the same for all rows, False = no loss, or None = all count;
+        `repeats` queries that each true box has.
         """
         ...
 
@@ -108,21 +109,24 @@ class CrossEntropyLoss:
         repeats: int,
     ) -> Tensor:
         """Return the weighted mean."""
-        num_queries, no_object = labels.shape[1], logits.shape[-1] - 1
-        entropy = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (B, Q)
+        num_queries, no_object = labels.shape[-1], logits.shape[-1] - 1
+        entropy = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
         weight = torch.where(labels == no_object, self.no_object_weight, 1.0)
         if valid is not None:
             weight = weight * valid
             smallest = torch.finfo(weight.dtype).tiny  # pictures without a valid query: 0 / 0 otherwise
-            return ((weight * entropy).sum(1) / weight.sum(1).clamp(min=smallest)).sum() / len(counts)
+            return ((weight * entropy).sum(-1) / weight.sum(-1).clamp(min=smallest)).sum(-1) / len(counts)
         matched = sum(min(num_queries, repeats * count) for count in counts)
-        return (weight * entropy).sum() / (matched + self.no_object_weight * (num_queries * len(counts) - matched))
+        return (weight * entropy).sum((-2, -1)) / (
+            matched + self.no_object_weight * (num_queries * len(counts) - matched)
+        )
 
 
 def _is_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return which logits (B, Q, K) are those of the labels."""
+    """Return which logits (..., Q, K) are those of the labels."""
     return labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
 
 
 def _sum(per_logit: Tensor, valid: Tensor | None) -> Tensor:
-    return (per_logit if valid is None else per_logit * valid[..., None]).sum()
+    """Sum over pictures, valid queries and classes."""
+    return (per_logit if valid is None else per_logit * valid[..., None]).sum((-3, -2, -1))

@@ -1,9 +1,11 @@
 """The set criterion: predictions and targets to weighted loss terms (DETR, eq. 2; Deformable DETR, A.4)."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, assert_never
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +14,14 @@ from core.boxes import cxcywh_to_xyxy, iou_and_giou
 from core.custom import build_custom
 from core.loss.classification import ClassificationLoss, CrossEntropyLoss, FocalLoss, IoUAwareLoss, num_boxes
 from core.loss.matcher import HungarianMatcher
-from core.types import Assignment, LossTerm, Prediction, Target
+from core.loss.rows import Rows, in_rows
+from core.types import LossTerm, Prediction, Target
 
 
 class SetCriterion:
     """Match every prediction on its own, then score classes over all queries and boxes over the matched ones.
+
+    Predictions of one shape and kind, such as the decoder's layers, are computed together as rows.
 
     Box terms are summed and divided by the matched boxes of the optimiser step, one at least; the classification loss
     has a normaliser of its own. So the terms of the parts of a batch, on one process or several, add up to the terms of
@@ -57,12 +62,17 @@ class SetCriterion:
 
         `counts`: numbers of true boxes of every picture of the optimiser step (`Batch.counts`).
         """
+        trained = list(self._trained(predictions))
+        terms: list[tuple[LossTerm, ...]] = [()] * len(trained)
         with torch.autocast(predictions[0].logits.device.type, enabled=False):
-            return tuple(
-                term
-                for prediction in self._trained(predictions)
-                for term in self._terms(prediction.in_fp32(), targets, counts)
-            )
+            parts = in_rows(trained)
+            boxes = torch.cat([target.boxes for target in targets])
+            labels = torch.cat([target.labels for target in targets])
+            for part, index in zip(parts, self._indices(parts, targets, device=boxes.device), strict=True):
+                values = self._values(part.prediction, index, boxes=boxes, labels=labels, counts=counts)
+                for place, of_row in zip(part.places, values, strict=True):
+                    terms[place] = self._terms(trained[place], of_row)
+        return tuple(term for of_row in terms for term in of_row)
 
     def _trained(self, predictions: tuple[Prediction, ...]) -> Iterator[Prediction]:
         """Yield the predictions that have a loss, as it sees them."""
@@ -80,41 +90,68 @@ class SetCriterion:
                 trained = replace(trained, matching="one_to_many", repeats=self.repeats)
             yield trained
 
-    def _terms(self, prediction: Prediction, targets: tuple[Target, ...], counts: Sequence[int]) -> Iterator[LossTerm]:
-        assignments = self.matcher(prediction, targets)
-        where = _flat_index(assignments)
-        matched = prediction.boxes[where]  # (matched, 4)
-        labels = torch.cat([t.labels[a.targets] for t, a in zip(targets, assignments, strict=True)])
-        boxes = torch.cat([t.boxes[a.targets] for t, a in zip(targets, assignments, strict=True)])
-        iou, giou = iou_and_giou(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(boxes))
-        query_labels = torch.full_like(prediction.boxes[..., 0], prediction.num_classes, dtype=torch.int64)
-        query_labels[where] = 0 if prediction.class_agnostic else labels
-        query_iou = torch.zeros_like(prediction.boxes[..., 0])
-        query_iou[where] = iou.detach()
-        of_encoder = prediction.source == "encoder"
-        classification = self.encoder_classification if of_encoder else self.classification
-        number = num_boxes(counts, prediction.repeats)
-        values = {
-            "class": classification(
-                prediction.logits,
-                query_labels,
-                iou=query_iou,
-                valid=prediction.valid,
-                counts=counts,
-                repeats=prediction.repeats,
-            ),
-            "l1": (matched - boxes).abs().sum() / number,
-            "giou": (1 - giou).sum() / number,
-        }
-        factor = self.encoder_weight if of_encoder else 1.0
-        for name, value in values.items():
-            yield LossTerm(
+    def _indices(self, parts: list[Rows], targets: tuple[Target, ...], device: torch.device) -> list[Tensor]:
+        """Return which query and true box are matched, for each of `parts`: (2, R, matched) int64.
+
+        Queries count on over the pictures of a row, and true boxes over those of all pictures.
+        """
+        matches = self.matcher.match(parts, targets)
+        first_boxes = np.cumsum([0, *(len(target.labels) for target in targets)])
+        indices: list[np.ndarray] = []
+        for part, rows in zip(parts, matches, strict=True):
+            num_queries = part.prediction.logits.shape[2]
+            queries = [[own + index * num_queries for index, (own, _) in enumerate(row)] for row in rows]
+            matched = [[own + first for first, (_, own) in zip(first_boxes, row, strict=False)] for row in rows]
+            indices.append(np.stack([[np.concatenate(row) for row in both] for both in (queries, matched)]))
+        flat = torch.from_numpy(np.concatenate([index.ravel() for index in indices])).to(device, non_blocking=True)
+        return [
+            piece.view(index.shape)
+            for piece, index in zip(flat.split([index.size for index in indices]), indices, strict=True)
+        ]
+
+    def _values(
+        self, rows: Prediction, index: Tensor, *, boxes: Tensor, labels: Tensor, counts: Sequence[int]
+    ) -> list[tuple[Tensor, ...]]:
+        """Return the class, L1 and GIoU loss of each row of (R, B, Q, ...), given the `index` of what is matched."""
+        num_rows, *per_row = rows.boxes.shape[:-1]
+        number = num_boxes(counts, rows.repeats)
+        queries, chosen = index
+        every = (queries + torch.arange(num_rows, device=queries.device)[:, None] * math.prod(per_row)).flatten()
+        found = rows.boxes.reshape(-1, 4).index_select(0, every).view(num_rows, -1, 4)
+        true = boxes[chosen]  # (R, matched, 4)
+        iou, giou = iou_and_giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(true))
+        query_labels = torch.full_like(rows.boxes[..., 0], rows.num_classes, dtype=torch.int64).flatten(1)
+        query_labels.scatter_(1, queries, torch.zeros_like(chosen) if rows.class_agnostic else labels[chosen])
+        query_iou = torch.zeros_like(query_labels, dtype=iou.dtype).scatter_(1, queries, iou.detach())
+        classification = self.encoder_classification if rows.source == "encoder" else self.classification
+        of_class = classification(
+            rows.logits,
+            query_labels.unflatten(1, per_row),
+            iou=query_iou.unflatten(1, per_row),
+            valid=rows.valid,
+            counts=counts,
+            repeats=rows.repeats,
+        )
+        if of_class.shape != (num_rows,):
+            raise ValueError(
+                f"{type(classification).__name__} gives a loss of shape {list(of_class.shape)} for {num_rows} rows: "
+                "sum over the last three dimensions of (rows, pictures, queries, classes) alone"
+            )
+        l1 = (found - true).abs().sum((1, 2)) / number
+        return list(zip(of_class.unbind(), l1.unbind(), ((1 - giou).sum(1) / number).unbind(), strict=True))
+
+    def _terms(self, prediction: Prediction, values: tuple[Tensor, ...]) -> tuple[LossTerm, ...]:
+        factor = self.encoder_weight if prediction.source == "encoder" else 1.0
+        return tuple(
+            LossTerm(
                 name=name,
                 source=prediction.source,
                 layer=prediction.layer,
                 value=value,
                 weight=factor * self.weights[name],
             )
+            for name, value in zip(("class", "l1", "giou"), values, strict=True)
+        )
 
 
 def build_criterion(config: c.LossConfig, *, encoder_supervision: c.EncoderSupervision | None) -> SetCriterion:
@@ -147,8 +184,3 @@ def _classification(part: c.Focal | c.IoUAware | c.CrossEntropy | c.Custom) -> C
             return build_custom(part)
         case other:
             assert_never(other)
-
-
-def _flat_index(assignments: tuple[Assignment, ...]) -> tuple[Tensor, Tensor]:
-    pictures = torch.cat([torch.full_like(a.queries, index) for index, a in enumerate(assignments)])
-    return pictures, torch.cat([a.queries for a in assignments])

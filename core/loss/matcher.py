@@ -1,16 +1,22 @@
 """Matching of queries and true boxes by least cost (DETR, arXiv:2005.12872, eq. 1 and 2), and its repetitions."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from core.boxes import cxcywh_to_xyxy, iou_and_giou
+from core.loss.rows import Rows, in_rows
 from core.types import Assignment, Matching, Prediction, Target
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal cost, as in Deformable DETR, whatever the loss
+
+
+Pairs = tuple[np.ndarray, np.ndarray]  # queries and true boxes of one picture that belong together, int64
 
 
 class HungarianMatcher:
@@ -27,55 +33,99 @@ class HungarianMatcher:
         self.cost_class, self.cost_l1, self.cost_giou = cost_class, cost_l1, cost_giou
 
     def __call__(self, prediction: Prediction, targets: tuple[Target, ...]) -> tuple[Assignment, ...]:
-        """Match each picture's queries to its own boxes, as `prediction.matching` says.
+        """Match each picture's queries to its own boxes, as `prediction.matching` says; see `match`."""
+        if prediction.matching == "given":
+            return given(prediction)
+        (rows,) = in_rows([prediction])
+        device = prediction.logits.device
+        return tuple(
+            Assignment(queries=torch.as_tensor(queries, device=device), targets=torch.as_tensor(matched, device=device))
+            for queries, matched in self.match([rows], targets)[0][0]
+        )
+
+    def match(self, parts: Sequence[Rows], targets: tuple[Target, ...]) -> list[list[list[Pairs]]]:
+        """Return the pairs of each picture of each row of each of `parts`; the costs of all come in one transfer.
 
         Raises:
             FloatingPointError: if a cost is not finite, which means that the model's outputs are not.
             ValueError: if the matching is given, but no assignments are.
         """
-        if prediction.matching == "given":
-            if prediction.assignments is None:
-                raise ValueError(f"{prediction.source} layer {prediction.layer} is to be matched as given, but is not")
-            return prediction.assignments
-        costs = self.costs(prediction, targets)
-        if not np.isfinite(costs).all():
-            raise FloatingPointError(f"the matching cost of {prediction.source} layer {prediction.layer} is not finite")
-        device = prediction.logits.device
-        assignments: list[Assignment] = []
-        for cost, target in zip(costs, targets, strict=True):
-            queries, matched = solve(cost[:, : len(target.labels)], prediction.matching, prediction.repeats)
-            assignments.append(
-                Assignment(
-                    queries=torch.as_tensor(queries, device=device), targets=torch.as_tensor(matched, device=device)
-                )
-            )
-        return tuple(assignments)
+        asked = [part.prediction for part in parts if part.prediction.matching != "given"]
+        costs = iter(self._transferred([self._costs(prediction, targets) for prediction in asked]))
+        counts = [len(target.labels) for target in targets]
+        return [
+            _as_given(part) if part.prediction.matching == "given" else _solved(part, next(costs), counts)
+            for part in parts
+        ]
+
+    def costs(self, prediction: Prediction, targets: tuple[Target, ...]) -> np.ndarray:
+        """Return costs (..., B, Q, N of the fullest picture); columns beyond a picture's N mean nothing."""
+        return self._transferred([self._costs(prediction.in_fp32(), targets)])[0]
+
+    @staticmethod
+    def _transferred(costs: list[Tensor]) -> list[np.ndarray]:
+        """Copy to the CPU all at once."""
+        if not costs:
+            return []
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+        ends = np.cumsum([cost.numel() for cost in costs])
+        starts = [0, *ends[:-1]]
+        return [flat[start:end].reshape(cost.shape) for start, end, cost in zip(starts, ends, costs, strict=True)]
 
     @torch.no_grad()
-    def costs(self, prediction: Prediction, targets: tuple[Target, ...]) -> np.ndarray:
-        """Return costs (B, Q, N of the fullest picture) in one transfer; columns beyond a picture's N mean nothing."""
-        with torch.autocast(prediction.logits.device.type, enabled=False):
-            return self._costs(prediction.in_fp32(), targets).cpu().numpy()
-
     def _costs(self, prediction: Prediction, targets: tuple[Target, ...]) -> Tensor:
-        most = max((len(target.labels) for target in targets), default=0)
-        labels = torch.stack([_pad(_labels(target, prediction), most) for target in targets])  # (B, N)
-        boxes = torch.stack([_pad(target.boxes, most, value=0.5) for target in targets])  # (B, N, 4)
-        per_class = self._class_cost(prediction)  # (B, Q, K)
-        cost_class = per_class.gather(2, labels[:, None].expand(-1, per_class.shape[1], -1))
-        predicted = prediction.boxes
-        cost_l1 = (predicted[:, :, None] - boxes[:, None]).abs().sum(-1)
-        _, giou = iou_and_giou(cxcywh_to_xyxy(predicted)[:, :, None], cxcywh_to_xyxy(boxes)[:, None])
-        cost = self.cost_class * cost_class + self.cost_l1 * cost_l1 - self.cost_giou * giou
-        if prediction.valid is None:
-            return cost
-        return cost.masked_fill(~prediction.valid[..., None], 1e6)  # matched only where nothing else is left
+        """Return costs (..., B, Q, N) of fp32 logits (..., B, Q, K) and boxes."""
+        with torch.autocast(prediction.logits.device.type, enabled=False):
+            predicted = prediction.boxes
+            boxes = pad_sequence([target.boxes for target in targets], batch_first=True, padding_value=0.5)
+            cost = self.cost_class * self._class_cost(prediction, targets)
+            cost += self.cost_l1 * (predicted[..., None, :] - boxes[:, None]).abs().sum(-1)
+            _, giou = iou_and_giou(cxcywh_to_xyxy(predicted)[..., None, :], cxcywh_to_xyxy(boxes)[:, None])
+            cost -= self.cost_giou * giou
+            if prediction.valid is None:
+                return cost
+            return cost.masked_fill(~prediction.valid[..., None], 1e6)  # matched only where nothing else is left
 
-    def _class_cost(self, prediction: Prediction) -> Tensor:
+    def _class_cost(self, prediction: Prediction, targets: tuple[Target, ...]) -> Tensor:
+        """Return the class cost of each query and true box, (..., B, Q, N)."""
         if self.cost == "probability":
-            return -prediction.probabilities()
-        positive, negative = focal_cost(prediction.logits)
-        return positive - negative
+            per_class = -prediction.probabilities()
+        else:
+            positive, negative = focal_cost(prediction.logits)
+            per_class = positive - negative  # (..., B, Q, K)
+        labels = pad_sequence([_labels(target, prediction) for target in targets], batch_first=True)  # (B, N)
+        return per_class.gather(-1, labels[:, None].expand(*per_class.shape[:-1], -1))
+
+
+def given(prediction: Prediction) -> tuple[Assignment, ...]:
+    """Return the assignments that a prediction brings.
+
+    Raises:
+        ValueError: if it brings none.
+    """
+    if prediction.assignments is None:
+        raise ValueError(f"{prediction.source} layer {prediction.layer} is to be matched as given, but is not")
+    return prediction.assignments
+
+
+def _as_given(part: Rows) -> list[list[Pairs]]:
+    pairs = [(own.queries.cpu().numpy(), own.targets.cpu().numpy()) for own in given(part.prediction)]
+    return [pairs] * len(part.layers)
+
+
+def _solved(part: Rows, costs: np.ndarray, counts: list[int]) -> list[list[Pairs]]:
+    """Return the pairs of each picture, of `counts` true boxes, of each row; `costs` (R, B, Q, N)."""
+    prediction = part.prediction
+    if not np.isfinite(costs).all():
+        layer = part.layers[int(np.isfinite(costs).reshape(len(costs), -1).all(1).argmin())]
+        raise FloatingPointError(f"the matching cost of {prediction.source} layer {layer} is not finite")
+    return [
+        [
+            solve(cost[:, :count], prediction.matching, prediction.repeats)
+            for cost, count in zip(row, counts, strict=True)
+        ]
+        for row in costs
+    ]
 
 
 def solve(cost: np.ndarray, matching: Matching, repeats: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,6 +137,8 @@ def solve(cost: np.ndarray, matching: Matching, repeats: int) -> tuple[np.ndarra
     if matching == "one_to_many":
         queries, copies = linear_sum_assignment(np.tile(cost, (1, repeats)))
         return queries, copies % cost.shape[1]
+    if repeats == 1:
+        return linear_sum_assignment(cost)
     size = len(cost) // repeats
     solved = [linear_sum_assignment(group) for group in np.split(cost, repeats)]
     queries = [own + number * size for number, (own, _) in enumerate(solved)]
@@ -103,9 +155,3 @@ def focal_cost(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _labels(target: Target, prediction: Prediction) -> Tensor:
     return torch.zeros_like(target.labels) if prediction.class_agnostic else target.labels
-
-
-def _pad(values: Tensor, length: int, value: float = 0) -> Tensor:
-    padded = values.new_full((length, *values.shape[1:]), value)
-    padded[: len(values)] = values
-    return padded

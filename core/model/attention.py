@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 from core.model.layers import Linear
+from core.model.linear import FastLinear, linear
 from core.model.sampling import sample_around
 from core.types import Memory
 
@@ -26,6 +27,27 @@ class Multihead(nn.MultiheadAttention):
         self._reset_parameters()
         nn.init.xavier_uniform_(self.out_proj.weight)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, allowed: Tensor | None = None) -> Tensor:
+        """Map queries (B, Q, C), keys and values (B, T, C) to (B, Q, C) by torch's fused kernels.
+
+        `allowed` broadcasts to (B, M, Q, T), False = may not attend; None = all may.
+        """
+        dim = self.embed_dim
+        of_query, of_key, of_value = self.in_proj_weight.split(dim)
+        bias_query, bias_key, bias_value = self.in_proj_bias.split(dim)
+        if query is key:
+            both = linear(query, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
+            queries, keys = both.split(dim, dim=-1)
+        else:
+            queries, keys = linear(query, of_query, bias_query), linear(key, of_key, bias_key)
+        heads = (queries, keys, linear(value, of_value, bias_value))
+        attended = F.scaled_dot_product_attention(
+            *(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in heads),
+            attn_mask=allowed,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
 
 class SelfAttention(Multihead):
     """Dense attention among queries; positions join queries and keys, not values."""
@@ -33,7 +55,7 @@ class SelfAttention(Multihead):
     def forward(self, x: Tensor, position: Tensor, blocked_mask: Tensor | None) -> Tensor:  # type: ignore[override]
         """Map `x` and `position` (B, Q, C) to (B, Q, C); `blocked_mask` (Q, Q) bool, True = may not attend."""
         where = x + position  # (the signature is narrower than torch's on purpose: nobody else calls this)
-        return super().forward(where, where, x, attn_mask=blocked_mask, need_weights=False)[0]
+        return self.attend(where, where, x, allowed=None if blocked_mask is None else ~blocked_mask)
 
 
 class DenseAttention(Multihead):
@@ -42,8 +64,9 @@ class DenseAttention(Multihead):
     def forward(self, content: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:  # type: ignore[override]
         """Attend; positions join queries and keys, not values."""
         keys = memory.tokens + memory.position
-        padding = memory.padding_mask
-        return super().forward(content + position, keys, memory.tokens, key_padding_mask=padding, need_weights=False)[0]
+        own = content is memory.tokens and position is memory.position
+        allowed = ~memory.padding_mask[:, None, None] if memory.padded else None
+        return self.attend(keys if own else content + position, keys, memory.tokens, allowed=allowed)
 
 
 class QuestionAttention(Multihead):
@@ -57,8 +80,7 @@ class QuestionAttention(Multihead):
     def forward(self, tokens: Tensor, position: Tensor, question: Tensor) -> Tensor:  # type: ignore[override]
         """Map `tokens` with their `position` (B, S, C), given `question` (Q, C), to (B, S, C)."""
         words = question.expand(len(tokens), -1, -1)
-        attended = super().forward(tokens + position, words, words, need_weights=False)[0]
-        return self.norm(tokens + self.residual_dropout(attended))
+        return self.norm(tokens + self.residual_dropout(self.attend(tokens + position, words, words)))
 
 
 class WindowAttention(nn.Module):
@@ -119,8 +141,8 @@ class DeformableAttention(nn.Module):
         self.num_heads, self.num_points, self.own_level = num_heads, num_points, own_level
         self.num_levels = 1 if own_level else num_levels
         samples = num_heads * self.num_levels * num_points
-        self.sampling_offsets = nn.Linear(dim, samples * 2)
-        self.attention_weights = nn.Linear(dim, samples)
+        self.sampling_offsets = FastLinear(dim, samples * 2)
+        self.attention_weights = FastLinear(dim, samples)
         self.value_proj = Linear(dim, dim)
         self.output_proj = Linear(dim, dim)
 
@@ -147,20 +169,24 @@ class DeformableAttention(nn.Module):
         if reference is None:
             raise ValueError("deformable attention needs references: set model.queries.reference to point or box")
         query = content + position
-        value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask[..., None], 0.0)
+        value = self.value_proj(memory.tokens)
+        if memory.padded:
+            value = value.masked_fill(memory.padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         logits = self.attention_weights(query).view(samples)
-        ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, L, 2 or 4)
+        around = reference[:, :, None]  # (B, Q, 1 or L, 2 or 4) of the padded levels
+        if memory.padded:
+            around = around * memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
+        around = around.expand(-1, -1, len(memory.spatial_shapes), -1)
         if not self.own_level:
-            padded = reference[:, :, None] * ratios[:, None]  # (B, Q, L, 2 or 4) of the padded levels
-            return self.output_proj(sample_around(value, memory.spatial_shapes, padded, offsets, logits))
+            return self.output_proj(sample_around(value, memory.spatial_shapes, around, offsets, logits))
         levels = []
         start = 0
         for level, shape in enumerate(memory.spatial_shapes):
             own = slice(start, start + shape[0] * shape[1])
-            padded = reference[:, own, None] * ratios[:, None, level : level + 1]
-            levels.append(sample_around(value[:, own], (shape,), padded, offsets[:, own], logits[:, own]))
+            of_level = around[:, own, level : level + 1]
+            levels.append(sample_around(value[:, own], (shape,), of_level, offsets[:, own], logits[:, own]))
             start = own.stop
         return self.output_proj(torch.cat(levels, dim=1))

@@ -10,7 +10,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from core.model.folding import is_pointwise
 from core.model.initialise import reset_parameters
+from core.model.linear import PointwiseConv
+from core.types import may_be_padded
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -39,6 +42,9 @@ class Backbone(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
+        for module in body.modules():
+            if type(module) is nn.Conv2d and is_pointwise(module):
+                module.__class__ = PointwiseConv
         self.body = body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.channels = channels
         self.strides = strides
@@ -47,7 +53,9 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> tuple[Tensor, ...]:
         """Map `images` (B, 3, H, W) uint8 and `padding_mask` (B, H, W) to L maps (B, channels_l, H_l, W_l)."""
-        x = ((images.float() - self.mean) / self.std).masked_fill(padding_mask[:, None], 0.0)
+        x = (images - self.mean).div_(self.std)
+        if may_be_padded(padding_mask):
+            x = x.masked_fill_(padding_mask[:, None], 0.0)
         features = self.body(x.contiguous(memory_format=torch.channels_last))
         return tuple(features.values()) if isinstance(features, dict) else tuple(features)
 

@@ -51,7 +51,8 @@ class DETR(nn.Module):
         """
         features = self.backbone(batch.images, batch.padding_mask)
         question = None if self.question is None else self.question(self.query_sources[0])
-        memory = self.encoder(self.neck(features, batch.padding_mask), question)
+        pyramid = self.neck(features, batch.padding_mask, padded=batch.padded)
+        memory = self.encoder(pyramid, question)
         proposals = () if self.encoder_heads is None else self.encoder_heads(memory)
         if self.decoder is None or self.class_heads is None:
             return proposals

@@ -1,6 +1,7 @@
 """The encoder: self-attention over the tokens of all levels (DETR, A.3; Deformable DETR, section 4.1)."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,15 @@ class Encoder(nn.Module):
     def forward(self, pyramid: FeaturePyramid, question: Tensor | None = None) -> Memory:
         """Flatten the pyramid and encode it; `question` (Q, C) is what layers may also attend to."""
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in pyramid.features], dim=1)  # (B, S, C)
+        spatial_shapes = tuple((level.shape[-2], level.shape[-1]) for level in pyramid.features)
         memory = Memory(
             tokens=tokens,
-            position=torch.cat([self.position(mask, level) for level, mask in enumerate(pyramid.padding_masks)], dim=1),
+            position=self.position(pyramid.padding_masks, padded=pyramid.padded),
             padding_mask=torch.cat([mask.flatten(1) for mask in pyramid.padding_masks], dim=1),
-            spatial_shapes=tuple((level.shape[-2], level.shape[-1]) for level in pyramid.features),
-            valid_ratios=torch.stack([_valid_ratio(mask) for mask in pyramid.padding_masks], dim=1),
+            spatial_shapes=spatial_shapes,
+            valid_ratios=valid_ratios(pyramid),
             layers=(),
+            padded=pyramid.padded,
         )
         centres = cell_centres(memory)
         outputs: list[Tensor] = []
@@ -79,19 +82,38 @@ class Encoder(nn.Module):
         return replace(memory, tokens=tokens, layers=tuple(outputs))
 
 
-def cell_centres(memory: Memory) -> Tensor:
-    """Return each token's centre as (x, y) in [0, 1] of the unpadded picture: (B, S, 2); above 1 in the padding."""
-    centres = []
-    for level, (height, width) in enumerate(memory.spatial_shapes):
-        like = {"dtype": memory.valid_ratios.dtype, "device": memory.valid_ratios.device}
-        y, x = torch.meshgrid(torch.arange(height, **like) + 0.5, torch.arange(width, **like) + 0.5, indexing="ij")
-        grid = torch.stack([x / width, y / height], -1).view(1, -1, 2)
-        centres.append(grid / memory.valid_ratios[:, None, level])
-    return torch.cat(centres, dim=1)
+def valid_ratios(pyramid: FeaturePyramid) -> Tensor:
+    """Return the share of columns and of rows of each level that are not padding: (B, L, 2) as (w, h)."""
+    if not pyramid.padded:
+        like = pyramid.padding_masks[0]
+        return torch.ones(len(like), len(pyramid.padding_masks), 2, device=like.device)
+    return torch.stack([_valid_ratio(mask) for mask in pyramid.padding_masks], dim=1)
 
 
 def _valid_ratio(padding_mask: Tensor) -> Tensor:
-    """Return the share of columns and rows that are not padding: (B, H, W) to (B, 2) as (w, h)."""
     inside = ~padding_mask
     height, width = padding_mask.shape[1:]
     return torch.stack([inside[:, 0].sum(1) / width, inside[:, :, 0].sum(1) / height], dim=-1)
+
+
+def cell_centres(memory: Memory) -> Tensor:
+    """Return each token's centre as (x, y) in [0, 1] of the unpadded picture: (B, S, 2); above 1 in the padding."""
+    ratios = memory.valid_ratios
+    grids = _grids(memory.spatial_shapes, dtype=ratios.dtype, device=ratios.device)
+    if not memory.padded:
+        return torch.cat(grids).expand(len(ratios), -1, -1)
+    return torch.cat([grid / ratios[:, None, level] for level, grid in enumerate(grids)], dim=1)
+
+
+@lru_cache(maxsize=8)
+def _grids(
+    spatial_shapes: tuple[tuple[int, int], ...], *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return the centres of each level's cells as (x, y) in [0, 1] of the level: L x (H_l * W_l, 2)."""
+    grids: list[Tensor] = []
+    with torch.inference_mode(mode=False):  # they serve training, too
+        for height, width in spatial_shapes:
+            rows, columns = (torch.arange(side, dtype=dtype, device=device) + 0.5 for side in (height, width))
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            grids.append(torch.stack([x / width, y / height], -1).view(-1, 2))
+    return tuple(grids)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
+from core.model.linear import FastLinear
 
-class Linear(nn.Linear):
+
+class Linear(FastLinear):
     """A linear map whose weight starts as Xavier uniform; the bias keeps torch's default, as in the reference."""
 
     def reset_parameters(self) -> None:
@@ -41,7 +43,7 @@ class BoxMLP(nn.Module):
     def __init__(self, dim: int, *, zero_start: bool = True) -> None:
         super().__init__()
         self.hidden = MLP(dim, dim, dim)
-        self.last = nn.Linear(dim, 4)
+        self.last = FastLinear(dim, 4)
         self.zero_start = zero_start
 
     def reset_parameters(self) -> None:
@@ -56,7 +58,7 @@ class BoxMLP(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-class ClassHead(nn.Linear):
+class ClassHead(FastLinear):
     """Class logits; with `prior` each class starts at a probability of 0.01 (arXiv:1708.02002, section 3.3)."""
 
     PRIOR_LOGIT = -4.595119850134589  # log(0.01 / 0.99)
@@ -77,7 +79,7 @@ class MLP(nn.Module):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+        self.layers = nn.ModuleList(FastLinear(*pair) for pair in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., sizes[0]) to (..., sizes[-1])."""

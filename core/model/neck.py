@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
+from core.model.linear import PointwiseConv
 from core.types import FeaturePyramid
 
 
@@ -13,6 +14,10 @@ class _Projection(nn.Conv2d):
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class _Lateral(_Projection, PointwiseConv):
+    """One of a single cell."""
 
 
 class Neck(nn.Module):
@@ -29,8 +34,11 @@ class Neck(nn.Module):
         extra = [_level(c, dim, norm=norm, extra=True) for c in extra_inputs]
         self.projections = nn.ModuleList(lateral + extra)
 
-    def forward(self, features: tuple[Tensor, ...], padding_mask: Tensor) -> FeaturePyramid:
-        """Project `features`, L' maps (B, channels_l, H_l, W_l), and shrink `padding_mask` (B, H, W) to each level."""
+    def forward(self, features: tuple[Tensor, ...], padding_mask: Tensor, *, padded: bool = True) -> FeaturePyramid:
+        """Project `features`, L' maps (B, channels_l, H_l, W_l), and shrink `padding_mask` (B, H, W) to each level.
+
+        `padded` False says that nothing is padded.
+        """
         levels: list[Tensor] = []
         for index, projection in enumerate(self.projections):
             if index < len(features):
@@ -38,14 +46,19 @@ class Neck(nn.Module):
             else:
                 source = features[-1] if index == len(features) else levels[-1]
             levels.append(projection(source))
-        masks = tuple(
-            F.interpolate(padding_mask[:, None].float(), size=level.shape[-2:]).bool()[:, 0] for level in levels
-        )
-        return FeaturePyramid(features=tuple(levels), padding_masks=masks)
+        sizes = [level.shape[-2:] for level in levels]
+        if padded:
+            mask = padding_mask[:, None].float()
+            masks = tuple(F.interpolate(mask, size=size).bool()[:, 0] for size in sizes)
+        else:
+            masks = tuple(padding_mask.new_zeros(1, *size).expand(len(padding_mask), -1, -1) for size in sizes)
+        return FeaturePyramid(features=tuple(levels), padding_masks=masks, padded=padded)
 
 
 def _level(channels: int, dim: int, *, norm: bool, extra: bool) -> nn.Module:
-    kind = _Projection if norm else nn.Conv2d
-    conv = kind(channels, dim, 3, stride=2, padding=1) if extra else kind(channels, dim, 1)
+    if extra:
+        conv = (_Projection if norm else nn.Conv2d)(channels, dim, 3, stride=2, padding=1)
+    else:
+        conv = (_Lateral if norm else PointwiseConv)(channels, dim, 1)
     groups = max(1, dim // 8)  # of 8 channels: 32 at the reference's 256
     return nn.Sequential(conv, nn.GroupNorm(groups, dim)) if norm else nn.Sequential(conv)

@@ -19,6 +19,7 @@ class LevelPosition(nn.Module):
     def __init__(self, *, dim: int, num_levels: int, temperature: float, offset: float, level_embed: bool) -> None:
         super().__init__()
         self.offset = offset
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, ...]] | None = None
         self.register_buffer("frequencies", sine_frequencies(dim // 2, temperature), persistent=False)
         self.register_parameter("level_embed", nn.Parameter(torch.empty(num_levels, dim)) if level_embed else None)
         self.reset_parameters()
@@ -30,16 +31,35 @@ class LevelPosition(nn.Module):
         if self.level_embed is not None:
             nn.init.normal_(self.level_embed)
 
-    def forward(self, padding_mask: Tensor, level: int) -> Tensor:
-        """Map `padding_mask` (B, H, W) to an embedding (B, H * W, C): y first, then x."""
+    def forward(self, padding_masks: tuple[Tensor, ...], *, padded: bool = True) -> Tensor:
+        """Map `padding_masks` L x (B, H_l, W_l) to the embeddings of all tokens (B, S, C).
+
+        `padded` False says that nothing is padded: then all pictures share what is computed once for their size.
+        """
+        sines = tuple(map(self._sine, padding_masks)) if padded else self._unpadded(padding_masks)
+        if self.level_embed is not None:
+            sines = tuple(sine + own for sine, own in zip(sines, self.level_embed, strict=False))
+        return torch.cat(sines, dim=1).expand(len(padding_masks[0]), -1, -1)
+
+    def _unpadded(self, padding_masks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return what the pictures of this size have in common, L x (1, H_l * W_l, C); the last size is kept."""
+        shapes, device = tuple(mask.shape[1:] for mask in padding_masks), self.frequencies.device
+        known_by = (shapes, device, self.frequencies.dtype, self.offset)
+        if self._kept is None or self._kept[0] != known_by:
+            with torch.inference_mode(mode=False):  # they serve training, too
+                inside = [torch.zeros(1, *shape, dtype=torch.bool, device=device) for shape in shapes]
+                self._kept = known_by, tuple(map(self._sine, inside))
+        return self._kept[1]
+
+    def _sine(self, padding_mask: Tensor) -> Tensor:
+        """Map `padding_mask` (B, H, W) to (B, H * W, C): y first, then x."""
         inside = ~padding_mask
         axes = []
         for dim in (1, 2):
             cells = inside.cumsum(dim, dtype=torch.float32)
             last = cells.narrow(dim, cells.shape[dim] - 1, 1)
             axes.append((cells + self.offset) / (last + 1e-6) * (2 * math.pi))
-        embedding = torch.cat([_sine(axis, self.frequencies) for axis in axes], dim=-1).flatten(1, 2)
-        return embedding if self.level_embed is None else embedding + self.level_embed[level]
+        return torch.cat([_sine(axis, self.frequencies) for axis in axes], dim=-1).flatten(1, 2)
 
 
 class StaticQueryPosition(nn.Module):

@@ -5,7 +5,7 @@ up to the order of sums, several times faster and in a fraction of the memory.
 """
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -83,9 +83,15 @@ def locations_around(reference: Tensor, offsets: Tensor, spatial_shapes: tuple[t
     """Around a point, offsets count in cells of each level; around a box, P of them reach half its side."""
     anchor = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
     if reference.shape[-1] == 2:
-        sizes = reference.new_tensor([[w, h] for h, w in spatial_shapes])  # (x, y), from rows of (H, W)
-        return anchor + offsets / sizes[:, None]
+        return anchor + offsets * _cell_sides(spatial_shapes, anchor.device, anchor.dtype)
     return anchor[..., :2] + offsets / offsets.shape[-2] * anchor[..., 2:] * 0.5
+
+
+@lru_cache(maxsize=8)
+def _cell_sides(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return (w, h) of a cell of each level, (L, 1, 2), as a share of the level."""
+    with torch.inference_mode(mode=False):  # they serve training, too
+        return torch.tensor([[[1 / width, 1 / height]] for height, width in spatial_shapes], device=device, dtype=dtype)
 
 
 def sample_and_sum_in_torch(
