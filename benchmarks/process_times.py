@@ -71,7 +71,9 @@ def _family(root: int) -> list[tuple[tuple[int, int], str, float]]:
         if pid != root and parent not in members:
             continue
         members.add(pid)
-        kinds[pid] = kind = _kind(pid)
+        kind = kinds[pid] = _kind(pid)
+        if kind is None:
+            continue
         if kinds.get(parent) == kind == "templates and their trials":
             continue  # a trial: the template has its time once it has ended
         found.append(((pid, started), kind, (own + (reaped if kind.startswith("templates") else 0)) / TICK))
@@ -88,9 +90,10 @@ def _stat(pid: int) -> tuple[int, int, int, int] | None:
     return int(fields[1]), int(fields[19]), user + system, child_user + child_system
 
 
-def _kind(pid: int) -> str:
+def _kind(pid: int) -> str | None:
+    """Return what a process is; None where it has just ended."""
     try:
         line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
-        line = ""
-    return next((kind for part, kind in KINDS.items() if part in line), "other")
+        return None
+    return None if not line else next((kind for part, kind in KINDS.items() if part in line), "other")
