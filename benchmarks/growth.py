@@ -100,6 +100,7 @@ def plot(axis: Axis, times: list[Times], folder: Path) -> Path:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure, area = plt.subplots(figsize=(5, 3.5), layout="constrained")
     middles = [1e3 * median(each.cpu) for each in times]
@@ -108,6 +109,8 @@ def plot(axis: Axis, times: list[Times], folder: Path) -> Path:
     area.errorbar(axis.sizes, middles, yerr=reach, marker="o", capsize=3)
     area.set(xscale="log", yscale="log", xlabel=axis.name, ylabel="CPU ms, forward + backward")
     area.set_xticks(axis.sizes, [str(size) for size in axis.sizes])
+    area.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    area.yaxis.set_major_formatter(ScalarFormatter())
     area.minorticks_off()
     area.set_title(f"time ~ size ^ {slope(axis.sizes, times):.2f} at the end")
     area.grid(alpha=0.3)

@@ -5,7 +5,6 @@ reading a `Memory`. In the encoder the queries are the memory's own tokens.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -176,38 +175,28 @@ class DeformableAttention(nn.Module):
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
-        around = reference[:, :, None]  # (B, Q, 1 or L, 2 or 4) of the padded levels
+        around = reference[:, :, None].expand(-1, -1, len(memory.spatial_shapes), -1)  # (B, Q, L, 2 or 4) of the levels
         if memory.padded:
             around = around * memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
-        around = around[:, :, None, :, None]
         if not self.own_level:
-            locations = self._locations(around, offsets, memory.spatial_shapes)
+            locations = self._locations(around[:, :, None, :, None], offsets, memory.spatial_shapes)
             return self.output_proj(sample_and_sum(value, memory.spatial_shapes, locations, weights))
         levels = []
         start = 0
         for level, shape in enumerate(memory.spatial_shapes):
             own = slice(start, start + shape[0] * shape[1])
-            of_level = around[:, own, :, level : level + 1] if memory.padded else around[:, own]
+            of_level = around[:, own, None, level : level + 1, None]
             locations = self._locations(of_level, offsets[:, own], (shape,))
             levels.append(sample_and_sum(value[:, own], (shape,), locations, weights[:, own]))
             start = own.stop
         return self.output_proj(torch.cat(levels, dim=1))
 
-    def _locations(self, around: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Around a point, offsets count in cells of each level; around a box, P of them reach half its side.
-
-        Offsets (B, Q, M, L, P, 2) `around` (B, Q, 1, 1 or L, 1, 2 or 4) give locations of the precision of these.
-        """
-        if around.shape[-1] == 2:
-            return around + offsets * _cell_sides(spatial_shapes, around.device, around.dtype)
-        return torch.addcmul(around[..., :2], offsets.to(around.dtype), around[..., 2:] * (0.5 / self.num_points))
-
-
-@lru_cache(maxsize=8)
-def _cell_sides(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return (w, h) of a cell of each level, (L, 1, 2), as a share of the level."""
-    with torch.inference_mode(mode=False):  # they serve training, too
-        return torch.tensor([[[1 / width, 1 / height]] for height, width in spatial_shapes], device=device, dtype=dtype)
+    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+        """Around a point, offsets count in cells of each level; around a box, P of them reach half its side."""
+        if reference.shape[-1] == 2:
+            sizes = reference.new_tensor([[w, h] for h, w in spatial_shapes])  # (x, y), from rows of (H, W)
+            return reference + offsets / sizes[:, None]
+        return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
 
 
 def sample_and_sum(
