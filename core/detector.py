@@ -48,8 +48,12 @@ class DetrDetector(nn.Module):
         """Return the prediction that detects."""
         return detecting(self._predictions(batch))
 
+    @torch.inference_mode()
     def detect(self, batch: Batch, *, top_k: int) -> tuple[Detections, ...]:
-        """Return the detections of each picture, and which true box each belongs to by one-to-one matching."""
+        """Return the detections of each picture, and which true box each belongs to by one-to-one matching.
+
+        Their tensors are torch's inference tensors: to be read, not to be changed in place or differentiated.
+        """
         predictions = self._predictions(batch)
         prediction = detecting(predictions)
         assignments = self.criterion.matcher(prediction, batch.targets)

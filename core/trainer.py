@@ -131,7 +131,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         parts = self._next_parts()
-        self.detector.train()
+        if not self.detector.training:
+            self.detector.train()
         self.optimizer.zero_grad(set_to_none=True)
         own = self._backward(parts)
         self.scaler.unscale_(self.optimizer)

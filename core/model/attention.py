@@ -176,10 +176,9 @@ class DeformableAttention(nn.Module):
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         logits = self.attention_weights(query).view(samples)
-        around = reference[:, :, None]  # (B, Q, 1 or L, 2 or 4) of the padded levels
+        around = reference[:, :, None].expand(-1, -1, len(memory.spatial_shapes), -1)  # (B, Q, L, 2 or 4) of the levels
         if memory.padded:
             around = around * memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
-        around = around.expand(-1, -1, len(memory.spatial_shapes), -1)
         if not self.own_level:
             return self.output_proj(sample_around(value, memory.spatial_shapes, around, offsets, logits))
         levels = []

@@ -69,10 +69,10 @@ def sample_around(
         logits: (B, Q, M, L, P).
 
     Returns:
-        (B, Q, M * D) in the references' precision; errors as of `sample_and_sum`.
+        (B, Q, M * D) in the higher precision of references and offsets; errors as of `sample_and_sum`.
     """
-    if offsets.dtype != reference.dtype or logits.dtype != reference.dtype:
-        offsets, logits = offsets.to(reference.dtype), logits.to(reference.dtype)
+    precision = torch.promote_types(reference.dtype, offsets.dtype)
+    reference, offsets, logits = reference.to(precision), offsets.to(precision), logits.to(precision)
     compiled = _compiled(value, spatial_shapes, offsets, logits, reference)
     if compiled is not None:
         return _Compiled.apply(value, offsets, logits, reference, spatial_shapes, compiled)  # type: ignore[no-any-return]

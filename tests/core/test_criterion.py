@@ -316,6 +316,63 @@ def test_a_loss_of_ones_own_takes_the_place_of_a_built_in_one():
     assert half[0].value.item() == pytest.approx(whole[0].value.item() / 2)
 
 
+class Summed(FocalLoss):
+    """A loss of one's own that forgets that there are rows."""
+
+    def __call__(self, *inputs, **named):
+        """Return one number for all rows."""
+        return super().__call__(*inputs, **named).sum()
+
+
+def test_a_loss_that_mixes_rows_is_refused():
+    """The message says what to sum over."""
+    criterion = _criterion(Custom(target=f"{__name__}:Summed", args={"alpha": 0.25, "gamma": 2.0}))
+    with pytest.raises(ValueError, match=r"Summed gives a loss of shape \[\] for 1 rows: sum over the last three"):
+        criterion((prediction_of(2),), targets_of(2, 1), (2, 1))
+
+
+@KINDS
+@pytest.mark.parametrize("counts", [(2, 1), (0, 0), (7, 2)])
+def test_layers_together_have_the_terms_of_each_alone(classification, counts):
+    """Rows of one kind are computed at once, in the order they came in; rows of other kinds beside them."""
+    kind, criterion = _activation(classification), _criterion(classification)
+    shared = _mask(prediction_of(2, num_queries=6, activation=kind), 0.7).valid
+    assignments = given(*([(query, query % count) for query in range(count)] for count in counts))
+    rows = [
+        row
+        for layer in range(3)
+        for row in (
+            prediction_of(2, activation=kind, layer=layer),
+            prediction_of(
+                2,
+                num_queries=7,
+                activation=kind,
+                layer=layer,
+                source="denoising",
+                matching="given",
+                assignments=assignments,
+            ),
+            replace(prediction_of(2, num_queries=6, activation=kind, source="auxiliary", layer=layer), valid=shared),
+        )
+    ]
+    targets = targets_of(*counts)
+    together = criterion(tuple(rows), targets, counts)
+    alone = [term for row in rows for term in criterion((row,), targets, counts)]
+    names = [[(term.source, term.layer, term.name) for term in found] for found in (together, alone)]
+    assert names[0] == names[1]
+    assert [term.value.item() for term in together] == pytest.approx([term.value.item() for term in alone], rel=1e-5)
+
+
+def test_all_costs_of_a_step_come_in_one_transfer(monkeypatch):
+    """Layers, encoder rows and extra rows: on a GPU each transfer would be waited for."""
+    transfers = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(self.numel()) or cpu(self))
+    rows = (prediction_of(2, num_queries=9, source="encoder", layer=1), prediction_of(2), prediction_of(2, layer=1))
+    _criterion()(rows, targets_of(2, 1), (2, 1))
+    assert transfers == [(9 + 5 + 5) * 2 * 2]
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

@@ -7,6 +7,7 @@ from core.config import (
     Decoder,
     Deformable,
     DeformableSelf,
+    Dense,
     Encoder,
     EncoderSupervision,
     LearnedQueries,
@@ -15,6 +16,7 @@ from core.config import (
     Refinement,
     SelectedQueries,
     SmallResNet,
+    Window,
 )
 from core.loss.criterion import build_criterion
 from core.model.build import build_model
@@ -145,6 +147,47 @@ def test_padding_does_not_change_predictions(kind):
         outputs.append(model(batch)[-1])
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs[0].boxes, outputs[1].boxes, rtol=1e-4, atol=1e-5)
+
+
+ATTENTIONS = {
+    **KINDS,
+    "dense": {"encoder": Encoder(num_layers=1, attention=Dense()), "decoder": Decoder(num_layers=2, attention=Dense())},
+    "window": {"encoder": Encoder(num_layers=1, attention=Window(radius=1))},
+    "own level": {"encoder": Encoder(num_layers=1, attention=DeformableSelf(num_points=2, levels="own"))},
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_the_short_way_without_padding_gives_the_same(kind):
+    """A batch that says that nothing is padded is computed with fewer operations, to the same numbers."""
+    model = build_model(ModelConfig(**{**SMALL, **ATTENTIONS[kind]}), num_classes=3, seed=0)
+    batch = _batch((64, 96), (64, 96))
+    known = batch.to(torch.device("cpu"))
+    assert batch.padded
+    assert not known.padded
+    for found, expected in zip(model(known), model(batch), strict=True):
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_is_found_when_a_batch_is_moved():
+    """A single padded picture makes the batch a padded one."""
+    assert _batch((64, 96), (64, 95)).to(torch.device("cpu")).padded
+
+
+def test_what_scoring_leaves_behind_serves_training():
+    """Positions that were computed for scoring, and for pictures of another size, do not stand in training's way."""
+    model = _model("points")
+    sizes = [(64, 96), (96, 64)]
+    batches = [_batch(size, size).to(torch.device("cpu")) for size in sizes]
+    with torch.inference_mode():
+        scored = [model(batch)[-1].boxes.clone() for batch in batches]
+    for batch, boxes in zip(batches, scored, strict=True):
+        trained = model(batch)[-1].boxes
+        trained.sum().backward()
+        fresh = _model("points")(batch)[-1].boxes
+        torch.testing.assert_close(trained, fresh, rtol=0, atol=0)
+        torch.testing.assert_close(trained, boxes, rtol=1e-4, atol=1e-4)  # batch norm learns in between
 
 
 def test_start_depends_on_the_seed_alone():

@@ -1,6 +1,7 @@
 """Named random streams."""
 
 import numpy as np
+import pytest
 import torch
 
 from core.seeding import key, numpy_stream, seeded, torch_stream
@@ -23,4 +24,12 @@ def test_a_seeded_block_restores_the_generators():
     with seeded(1, "init", "x"):
         second = torch.rand(3)
     assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generators_are_restored_after_an_error_too():
+    """What is raised in a seeded block leaves nothing behind."""
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="shape"), seeded(1, "x"):
+        torch.rand(3).view(2)
     assert torch.equal(before, torch.get_rng_state())

@@ -13,7 +13,7 @@ from core.config import ExperimentConfig, LinearDecay, StepDecay, TrainingConfig
 from core.data.splits import open_data
 from core.detector import build_detector
 from core.events import CheckpointSaved, Diverged, EpochFinished, TrainingStarted
-from core.optimisation import Averaged, learning_rate_factor, parameter_groups
+from core.optimisation import Averaged, gradient_norm, learning_rate_factor, parameter_groups, shorten
 from core.trainer import Trainer
 from core.training import train
 
@@ -182,6 +182,22 @@ def test_averaged_weights_follow_their_formula(config, data):
     assert isinstance(trainer.averaged, Averaged)
     for key, value in expected.items():
         torch.testing.assert_close(trainer.averaged.model.state_dict()[key].double(), value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("clip_norm", "expected"), [(None, 5.0), (10.0, 5.0), (1.0, 1.0)])
+def test_only_a_gradient_that_is_too_long_is_shortened(clip_norm, expected):
+    """All gradients together keep their direction; a parameter without one is passed over."""
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+        torch.nn.Parameter(torch.ones(1)),
+    ]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    norm = gradient_norm(parameters).item()
+    assert norm == pytest.approx(5)
+    shorten(parameters, norm=norm, clip_norm=clip_norm)
+    assert gradient_norm(parameters).item() == pytest.approx(expected)
+    assert parameters[0].grad[0] / parameters[1].grad[0] == pytest.approx(3 / 4)
 
 
 def test_losses_fall(config):
