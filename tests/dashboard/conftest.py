@@ -52,6 +52,7 @@ def _write_trial(store: Store, record: TrialRecord) -> None:
             "outcome": record.state,
             "reason": "the loss is not finite at step 190" if record.state == "diverged" else None,
             "seconds": record.seconds,
+            "total_seconds": record.total_seconds,
             "finished_at": durable.now(),
             **(record.result or {}),
         }
