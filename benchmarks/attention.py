@@ -1,6 +1,6 @@
 """Deformable attention on a CPU: our PyTorch form, Hugging Face's and our compiled form, side by side.
 
-    PYTHONPATH=. python benchmarks/attention.py [--shapes small_enc coco_enc] [--rounds 9] [--threads 2]
+    python benchmarks/attention.py [--shapes small_enc coco_enc] [--rounds 9] [--threads 2]
 
 Three tables: the operation alone, from locations and weights; a `DeformableAttention` (linear layers, offsets and
 softmax included) in our PyTorch form and our compiled one; and the compiled form with several threads (wall time). The

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from measure import interleaved, spread, table
 from PIL import Image
 
-from benchmarks.measure import interleaved, spread, table
 from core.config import CocoFolder, Data, ExperimentConfig, FixedSize, Shapes, ShorterSide, TrainingConfig
 from core.data.batching import training_batch
 from core.data.decoding import decode

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from shapes import DetectorShape
 from torch import nn
+from transformers_names import from_transformers
 
-from benchmarks.shapes import DetectorShape
 from core.config import ExperimentConfig
 from core.detector import DetrDetector
 from core.recipes import RECIPES
 from core.seeding import seeded, torch_stream
 from core.trainer import Trainer
-from core.transformers_names import from_transformers
 from core.types import Batch, Target
 
 NUM_CLASSES = 91

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import Times, ratio, spread, table
 
-from benchmarks.measure import Times, ratio, spread, table
 from core.data.pictures import GroundTruth
 from core.evaluation import coco_ap
 from core.evaluation.coco_ap import coco_metrics

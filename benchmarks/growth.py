@@ -1,6 +1,6 @@
 """How the CPU time of a training step grows with the picture's side, the queries and the levels.
 
-    PYTHONPATH=. python benchmarks/growth.py [--rounds 5] [--out docs/images]
+    python benchmarks/growth.py [--rounds 5] [--out docs/images]
 
 Deformable DETR on a ResNet-18 (the `small` shape with one picture a step), forward and backward on one thread, one
 thing changed at a time. `time ~ size ^ e`: e is the slope through the last three sizes on logarithmic axes, where
@@ -17,10 +17,10 @@ from statistics import median
 
 import numpy as np
 import torch
+from detectors import batch_of, config_of
+from measure import Times, interleaved, spread, table
+from shapes import DETECTORS, DetectorShape
 
-from benchmarks.detectors import batch_of, config_of
-from benchmarks.measure import Times, interleaved, spread, table
-from benchmarks.shapes import DETECTORS, DetectorShape
 from core.config import ExperimentConfig
 from core.detector import build_detector
 from core.distributed import ALONE, step_loss

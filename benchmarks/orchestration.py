@@ -1,8 +1,8 @@
 """What `run` costs besides training: to start, between trials, for MLflow; and how it grows with the number of trials.
 
-    PYTHONPATH=. python benchmarks/orchestration.py [--trials 20] [--seconds 10] [--without-mirror]
-    PYTHONPATH=. python benchmarks/orchestration.py --laptop runs/studies/NAME/laptop/PLAN
-    PYTHONPATH=. python benchmarks/orchestration.py --growth [--out FOLDER]
+    python benchmarks/orchestration.py [--trials 20] [--seconds 10] [--without-mirror]
+    python benchmarks/orchestration.py --laptop runs/studies/NAME/laptop/PLAN
+    python benchmarks/orchestration.py --growth [--out FOLDER]
 
 The first runs `python -m workbench run` in a temporary folder on trials of a real small detector (the laptop profile's,
 with steps for about ten seconds, scoring included), as many at once as there are cores. `--without-mirror` runs it
@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.measure import table
-from benchmarks.process_times import ProcessTimes, measured
-from benchmarks.trial_growth import growth
-from benchmarks.trial_times import trial_times
+from measure import table
+from process_times import ProcessTimes, measured
+from trial_growth import growth
+from trial_times import trial_times
+
 from workbench.records import StudyResults
 from workbench.spending import own_seconds
 from workbench.store import Store

@@ -1,6 +1,6 @@
 """Where the time of the laptop recipe's step goes.
 
-    PYTHONPATH=. python benchmarks/phases.py [--steps 200]
+    python benchmarks/phases.py [--steps 200]
 
 The baseline of `refinement_detach` at `laptop`, one thread, data included: 200 drawn pictures, as in the golden losses.
 Medians of CPU time over the steps, with least and most, each phase by a clock around it; `rest` is what none covers.
@@ -15,9 +15,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from measure import spread, table
 
 import core.trainer
-from benchmarks.measure import spread, table
 from core.data.splits import open_data
 from core.detector import DetrDetector
 from core.trainer import Trainer

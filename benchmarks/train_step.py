@@ -1,6 +1,6 @@
 """A training step and inference, here and in Hugging Face transformers, with the peak memory of both.
 
-    PYTHONPATH=. python benchmarks/train_step.py [--cases small standard detr] [--rounds 7]
+    python benchmarks/train_step.py [--cases small standard detr] [--rounds 7]
 
 Needs the `dev` extra and no network. Every candidate is a process of its own with one thread; a round runs one step of
 each, in turn, and CPU time counts. `benchmarks/detectors.py` says what is alike. First both take a step without
@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Times, ratio, spread, table
-from benchmarks.shapes import DETECTORS, PLAIN_DETR
+from measure import Times, ratio, spread, table
+from shapes import DETECTORS, PLAIN_DETR
 
 CASES = {**{name: (shape, False) for name, shape in DETECTORS.items()}, "detr": (PLAIN_DETR, True)}
 WHO = ("transformers", "ours")

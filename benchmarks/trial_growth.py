@@ -21,8 +21,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from measure import table
 
-from benchmarks.measure import table
 from core.events import CheckpointSaved, EpochFinished, TrainingStarted
 from core.metrics import Metrics
 from workbench import execution, trial

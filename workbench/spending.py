@@ -22,21 +22,22 @@ class Spending:
     own: float
     trials: int
     slots: int  # trials that ran at once
+    idle: float = 0.0  # in which slots had no trial left while the last ones ran, the mean over slots
 
     @property
     def rest(self) -> float:
         """Return the wall seconds after the start in which the slots did not train or score: what the workbench costs.
 
-        Data sets and models that are opened, checkpoints, records, gaps between trials, slots without a trial at the
-        end, verdicts and report.
+        Data sets and models that are opened, checkpoints, records, gaps between trials, verdicts and report.
         """
-        return self.wall - self.start - self.own / self.slots
+        return self.wall - self.start - self.own / self.slots - self.idle
 
     def __str__(self) -> str:
         at_once = f", {self.slots} at once" if self.slots > 1 else ""
+        idle = f", {self.idle / self.wall:.1%} with no trial left to begin" if self.slots > 1 else ""
         return (
             f"Time: {duration(self.wall)} for {self.trials} trial{'s' if self.trials > 1 else ''}: {self.start:.0f} s "
-            f"until the first one trained, {duration(self.own)} of training and scoring{at_once}, and "
+            f"until the first one trained, {duration(self.own)} of training and scoring{at_once}{idle}, and "
             f"{max(0.0, self.rest) / self.wall:.1%} of the time for all else"
         )
 
@@ -49,6 +50,7 @@ def spent(
     None when it trained nothing. Its trials are among `trial_ids`; up to `slots` of them ran at once.
     """
     starts: list[float] = []
+    ends: list[float] = []
     own = 0.0
     for trial_id in trial_ids:
         tried = {item.number for item in attempts.read(store.trial_dir(trial_id)) if item.driver == driver}
@@ -56,12 +58,15 @@ def spent(
         started = [_seconds(item) for item in events if isinstance(item.event, TrainingStarted)]
         if started:
             starts.append(min(started))
-            own += own_seconds(events) + store.scoring_seconds(trial_id, since=began_at)
+            ends.append(_seconds(events[-1]) + store.scoring_seconds(trial_id, since=began_at))
+            own += own_seconds(events) + ends[-1] - _seconds(events[-1])
     if not starts:
         return None
     slots = min(slots, len(starts))
+    last = sorted(ends)[-slots:]  # of each slot: it takes trial after trial until none is left
+    idle = sum(last[-1] - end for end in last) / slots
     start = min(starts) - began_at
-    return Spending(wall=ended_at - began_at, start=start, own=own, trials=len(starts), slots=slots)
+    return Spending(wall=ended_at - began_at, start=start, own=own, trials=len(starts), slots=slots, idle=idle)
 
 
 def own_seconds(events: Sequence[StampedEvent]) -> float:

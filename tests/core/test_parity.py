@@ -5,14 +5,15 @@ The two-stage model of transformers has no loss on the encoder's output, so only
 
 import math
 import os
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from core.model.build import build_model
 from core.recipes import RECIPES
-from core.transformers_names import from_transformers
 from core.types import Batch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 NUM_CLASSES = 91
 SIZES = ((96, 128), (128, 80))
+from_transformers = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "transformers_names.py"))[
+    "from_transformers"
+]
 
 
 def _theirs(recipe):

@@ -66,9 +66,26 @@ def test_only_what_this_driver_ran_counts(store):
 
 
 def test_the_line_says_what_is_not_training():
-    """After the start, two slots of 54 s of which 90 s in all were the trials' own: 9 s of 60 are the rest."""
-    line = str(Spending(wall=60.0, start=6.0, own=90.0, trials=4, slots=2))
+    """After the start, two slots of 54 s, of which 84 s in all were the trials' own and 6 s idle: 9 s are the rest."""
+    line = str(Spending(wall=60.0, start=6.0, own=84.0, trials=4, slots=2, idle=3.0))
     assert line == (
-        "Time: 1 min 00 s for 4 trials: 6 s until the first one trained, 1 min 30 s of training and scoring, "
-        "2 at once, and 15.0% of the time for all else"
+        "Time: 1 min 00 s for 4 trials: 6 s until the first one trained, 1 min 24 s of training and scoring, "
+        "2 at once, 5.0% with no trial left to begin, and 15.0% of the time for all else"
     )
+
+
+def test_a_slot_is_idle_from_its_last_trial_on(store, monkeypatch):
+    """Of three trials in two slots the last runs alone for 20 s: 10 s a slot."""
+    mine = Process.current()
+    for trial_id, seconds in (("one", (0, 30)), ("two", (0, 30)), ("three", (30, 50))):
+        folder = store.trial_dir(trial_id)
+        attempts.begin(folder, driver=mine)
+        writer = EventWriter(folder / "events.jsonl", attempt=1)
+        for second, event in zip(seconds, (STARTED, EPOCH), strict=True):
+            stamp = at(second, event).time
+            monkeypatch.setattr("workbench.durable.now", lambda stamp=stamp: stamp)
+            writer.append(event)
+        writer.close()
+    found = spent(store, ["one", "two", "three"], driver=mine, began_at=-5.0, ended_at=52.0, slots=2)
+    assert found is not None
+    assert (found.start, found.own, found.idle, found.rest) == (5.0, 80.0, 10.0, 2.0)
