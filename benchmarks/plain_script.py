@@ -31,9 +31,9 @@ from transformers import (
     ResNetConfig,
 )
 
-BATCH_SIZE, EPOCH_STEPS, WARM_UP = 8, 180, 100
-LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM, EMA_DECAY = 2e-3, 1e-4, 0.1, 0.99
-SIDE, NUM_CLASSES, NUM_QUERIES = 128, 6, 24
+BATCH_SIZE, EPOCH_STEPS, WARM_UP = 8, 270, 100
+LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM, EMA_DECAY = 3e-3, 1e-4, 0.1, 0.99
+SIDE, NUM_CLASSES, NUM_QUERIES = 128, 6, 40
 
 
 class Pictures(Dataset):
@@ -75,8 +75,8 @@ def build_model(*, refine: bool) -> torch.nn.Module:
     """Build transformers' model without pretrained weights, everything in it trainable."""
     config = DeformableDetrConfig(
         backbone_config=ResNetConfig(
-            embedding_size=16,
-            hidden_sizes=[16, 32, 48, 64],
+            embedding_size=24,
+            hidden_sizes=[24, 48, 72, 96],
             depths=[1, 1, 1, 1],
             layer_type="basic",
             out_features=["stage2", "stage3", "stage4"],
@@ -88,8 +88,8 @@ def build_model(*, refine: bool) -> torch.nn.Module:
         decoder_layers=3,
         encoder_ffn_dim=192,
         decoder_ffn_dim=192,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
         encoder_n_points=2,
         decoder_n_points=2,
         dropout=0.0,
