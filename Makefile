@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-study: $(VENV)/.installed ## from nothing to verdicts: train and judge the first study, about 15 minutes on two cores
+study: $(VENV)/.installed ## from nothing to verdicts: train and judge the first study, less than 10 minutes on two cores
 	@echo "To use the lines that follow in another terminal, first type: source $(BIN)/activate" >&2
 	$(BIN)/python -m workbench run studies/refinement_detach.yaml
 
