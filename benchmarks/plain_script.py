@@ -1,6 +1,6 @@
 """An ablation as people write it today, for benchmarks/by_hand.py: one file, well-known libraries, no workbench.
 
-    python benchmarks/plain_script.py --pictures DIR --out DIR [--seeds 5] [--epochs 5]
+    python benchmarks/plain_script.py --pictures DIR --out DIR [--seeds 5] [--epochs 5] [--subset 100]
 
 Transformers' Deformable DETR at the size of the laptop profile, with and without box refinement, over seeds; Ray Tune
 with its MLflow callback; pycocotools. DIR holds what `by_hand.py` exports: pictures in COCO format.
@@ -160,7 +160,7 @@ def train(config: dict[str, Any]) -> None:
             averaged.update_parameters(model)
             losses.append(loss.item())
         last = epoch + 1 == config["epochs"]
-        scored = val if last else Subset(val, range(100))
+        scored = val if last or not config["subset"] else Subset(val, range(config["subset"]))
         tune.report({"ap": evaluate(averaged.module, scored, val.coco), "loss": sum(losses) / len(losses)})
 
 
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--subset", type=int, help="pictures scored after each epoch but the last; default: all")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     out = options.out.resolve()
@@ -181,6 +182,7 @@ def main() -> None:
             "seed": tune.grid_search(list(range(options.seeds))),
             "pictures": str(options.pictures.resolve()),
             "epochs": options.epochs,
+            "subset": options.subset,
         },
         run_config=tune.RunConfig(
             storage_path=str(out),
