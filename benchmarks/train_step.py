@@ -99,9 +99,9 @@ def _rounds(running: dict[str, Candidate], what: str, rounds: int) -> dict[str, 
 
 def serve(who: str, case: str, precision: Any, dropout: str) -> None:
     """Be a candidate: answer one line for every line read."""
+    import detectors
     import torch
 
-    from benchmarks import detectors
     from core.memory import peak_memory_bytes, reset_peak_memory
 
     torch.set_num_threads(1)

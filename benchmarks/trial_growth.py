@@ -102,7 +102,7 @@ def _apart(executor: str, count: int) -> dict[str, float]:
     """Measure in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         # Not as __main__, which no other process could import the trainer from.
-        script = f"from benchmarks import trial_growth as t; t.tell({executor!r}, {count}, {folder!r})"
+        script = f"import trial_growth as t; t.tell({executor!r}, {count}, {folder!r})"
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
