@@ -104,7 +104,8 @@ def _apart(executor: str, count: int) -> dict[str, float]:
         # Not as __main__, which no other process could import the trainer from.
         script = f"import trial_growth as t; t.tell({executor!r}, {count}, {folder!r})"
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # trials import the trainer, too
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout)
 
 
