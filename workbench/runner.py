@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Literal, TextIO
 
+from core.model import kernel
 from workbench import commands, report
 from workbench.attempts import read as read_attempts
-from workbench.errors import StoreError
+from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
 from workbench.processes import Process
@@ -283,7 +284,17 @@ class _Run:
             self.say(f"           then {pages}")
         self.say(f"Dashboard: {commands.dashboard_command(self.store.root)}")
         if self.executor == "ray":
+            self._prepare_kernel()
             self.say("Starting the processes that train, which takes some ten seconds")
+
+    def _prepare_kernel(self) -> None:
+        """Build the kernel of deformable attention once for all trials on a CPU here, or say why it is not there."""
+        if self.resources.device != "cpu" or self.address is not None:
+            return
+        try:
+            kernel.choose(lambda _: None, tell=self.say)
+        except (ValueError, kernel.KernelProblem) as error:
+            raise WorkbenchError(str(error)) from error
 
     def _say_failure(self, trial: PlannedTrial) -> None:
         error = self.store.record(trial.trial_id).error or {}

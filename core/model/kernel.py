@@ -47,8 +47,16 @@ class Kernel:
         return function
 
 
-def choose(check: Callable[[Kernel], None]) -> Kernel | None:
+def to_stderr(line: str) -> None:
+    """Write a line."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def choose(check: Callable[[Kernel], None], *, tell: Callable[[str], None] = to_stderr) -> Kernel | None:
     """Return the compiled form, or None for the PyTorch form; `check` raises `KernelProblem` if it computes wrongly.
+
+    `tell` takes the line that says why the compiled form cannot be had, or not be kept.
 
     Raises:
         ValueError: `WORKBENCH_KERNEL` is none of its values.
@@ -60,20 +68,20 @@ def choose(check: Callable[[Kernel], None]) -> Kernel | None:
     if wanted == "torch":
         return None
     try:
-        kernel = Kernel(_library())
+        kernel = Kernel(_library(tell))
         check(kernel)
     except KernelProblem as problem:
         if wanted == "cpp":
             raise KernelProblem(f"{VARIABLE}=cpp: {problem}") from problem
         first = str(problem).partition("\n")[0]
-        _tell(
+        tell(
             f"Deformable attention runs in its PyTorch form, several times slower: {first} ({VARIABLE}=torch: silence)"
         )
         return None
     return kernel
 
 
-def _library() -> ctypes.CDLL:
+def _library(tell: Callable[[str], None]) -> ctypes.CDLL:
     """Load the library of this source, compiler and processor, and build it if it is not in the cache.
 
     Raises:
@@ -96,7 +104,7 @@ def _library() -> ctypes.CDLL:
             _build(compiler, Path(folder, kept.name)).replace(kept)
         return _load(kept)
     except OSError as error:
-        _tell(f"The kernel of deformable attention is compiled anew for each process: {kept.parent}: {error.strerror}")
+        tell(f"The kernel of deformable attention is compiled anew for each process: {kept.parent}: {error.strerror}")
     with tempfile.TemporaryDirectory() as folder:
         return _load(_build(compiler, Path(folder, kept.name)))
 
@@ -160,8 +168,3 @@ def _processor() -> str:
 def _cache_folder() -> Path:
     named = os.environ.get("XDG_CACHE_HOME")
     return Path(named or Path("~/.cache").expanduser()) / "detr-ablation-workbench" / "kernels"
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

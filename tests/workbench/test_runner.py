@@ -11,12 +11,14 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from workbench import execution
 from workbench.durable import EventReader
+from workbench.errors import WorkbenchError
 from workbench.plan import make_plan
 from workbench.runner import run_study
 from workbench.store import Store
@@ -68,6 +70,22 @@ def test_a_study_runs_to_its_verdicts_and_the_second_time_trains_nothing(toy_pla
     assert (code, again) == (0, out)
     assert {record.attempts for record in store.results_for(toy_plan).records.values()} == {1}
     assert hashes(store) == weights
+
+
+def test_trials_without_a_compiled_kernel_are_told_of_before_they_start(toy_plan, store, monkeypatch):
+    """One line says that there is no compiler; who insists on the kernel, or names an unknown one, gets no trials."""
+    started = []
+    ray = SimpleNamespace(run_on_ray=started.append)
+    monkeypatch.setitem(sys.modules, "workbench.ray_executor", ray)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("WORKBENCH_KERNEL", "auto")
+    _, _, err = run(toy_plan, store, executor="ray")
+    assert err.count("Deformable attention runs in its PyTorch form, several times slower: CXX names") == 1
+    for value, said in (("cpp", "WORKBENCH_KERNEL=cpp: CXX names"), ("fast", "allowed are auto, torch, cpp")):
+        monkeypatch.setenv("WORKBENCH_KERNEL", value)
+        with pytest.raises(WorkbenchError, match=said):
+            run(toy_plan, store, executor="ray")
+    assert len(started) == 1
 
 
 def test_a_failed_trial_is_told_and_tried_again(toy_plan, store):
