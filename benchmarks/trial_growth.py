@@ -29,7 +29,7 @@ from workbench import execution, trial
 from workbench.mlflow_mirror import Mirror
 from workbench.plan import make_plan
 from workbench.progress import Progress
-from workbench.runner import _Run, run_study
+from workbench.runner import Options, _Run, run_study
 from workbench.store import Store
 from workbench.study import Plan
 from workbench.study_file import Selection, load_study
@@ -134,9 +134,8 @@ def measure(executor: str, count: int, folder: Path) -> dict[str, float]:
         _time_method(owner, name, spent, part)
     _without_training()
     began = time.process_time()
-    code = run_study(
-        plan, store, executor="ray" if executor == "ray" else "inline", out=io.StringIO(), err=io.StringIO()
-    )
+    options = Options(executor="ray" if executor == "ray" else "inline")
+    code = run_study(plan, store, options, out=io.StringIO(), err=io.StringIO())
     spent["all of the driver"] = time.process_time() - began
     if code:
         raise RuntimeError(f"the run ended with {code}")
@@ -157,9 +156,9 @@ def _looks(plan: Plan, store: Store) -> dict[str, float]:
 def _without_training() -> None:
     run = partial(trial.execute, trainer=NoTrainer())
     execution.execute = run
-    from workbench import ray_executor
+    from workbench.ray_executor import tuner
 
-    ray_executor.execute = run
+    tuner.execute = run
 
 
 def _time_method(owner: type, name: str, spent: dict[str, float], part: str) -> None:

@@ -186,21 +186,16 @@ def _warn_of_unreadable(problems: Iterable[str]) -> None:
 def _run(options: argparse.Namespace) -> int:
     plan = _planned(options, pictures_needed=True)
 
-    from workbench.runner import run_study
+    from workbench.runner import Options, run_study
     from workbench.store import Store
 
-    return run_study(
-        plan,
-        Store(options.runs),
+    chosen = Options(
         executor=options.executor,
         until_decided=options.until_decided,
-        budget_seconds=plan.study.budget_seconds,
-        tracking_uri=plan.study.tracking_uri,
         address=options.address,
         allow_code=options.allow_code,
-        out=sys.stdout,
-        err=sys.stderr,
     )
+    return run_study(plan, Store(options.runs), chosen, out=sys.stdout, err=sys.stderr)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from workbench import provenance
 from workbench.errors import WorkbenchError
 from workbench.processes import Process
 from workbench.study import TrialSpec
-from workbench.trial import execute
+from workbench.trial import Trainer, execute
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -72,6 +72,7 @@ class Job:
     resources: "Resources"
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # whether the code of custom parts may run
+    trainer: Trainer | None = None  # the detector's code; `core` by default
     driver: Process = field(default_factory=Process.current)
 
 
@@ -121,4 +122,5 @@ def run_inline(job: Job) -> None:
             device=job.resources.device,
             driver=job.driver,
             allow_code=job.allow_code,
+            trainer=job.trainer,
         )

@@ -21,7 +21,7 @@ from core.data.fingerprint import DataProblem, fingerprint, inspect_folder
 from core.parts import scientific
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
-from workbench.study import Claim, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
+from workbench.study import Claim, Execution, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
 from workbench.user_code import sources
 
 FORMAT = 1
@@ -194,6 +194,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         ],
         "claims": [asdict(claim) for claim in plan.study.claims],
         "looks": [asdict(look) for look in plan.study.looks],
+        "execution": asdict(plan.study.execution),
     }
     specs = {
         trial_id: {
@@ -251,6 +252,7 @@ def _study_from_json(plain: dict[str, Any]) -> Study:
         "claims": tuple(_claim_from_json(claim) for claim in plain["claims"]),
         "looks": tuple(Look(**look) for look in plain["looks"]),
         "seeds": tuple(plain["seeds"]),
+        "execution": Execution(**plain.get("execution", {})),  # plans of before it was kept have none
         "layers": {
             name: {key: (value, where) for key, (value, where) in keys.items()}
             for name, keys in plain["layers"].items()

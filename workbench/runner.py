@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from core.model import kernel
@@ -26,7 +26,7 @@ from workbench.records import StudyRef, StudyResults
 from workbench.spending import spent
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
-from workbench.trial import complete, write_error
+from workbench.trial import Trainer, complete, write_error
 from workbench.user_code import refuse_code
 from workbench.verdict import judge
 
@@ -35,30 +35,26 @@ Executor = Literal["ray", "inline"]
 WAIT_SECONDS = 2.0  # between looks at a trial that another driver runs
 
 
-def run_study(  # noqa: PLR0913 - the options of the command
-    plan: Plan,
-    store: Store,
-    *,
-    executor: Executor = "ray",
-    until_decided: bool = False,
-    budget_seconds: float | None = None,
-    tracking_uri: str | None = None,
-    address: str | None = None,
-    allow_code: bool = False,
-    out: TextIO,
-    err: TextIO,
-) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How `run` goes about a plan; nothing of it enters a trial's identity."""
+
+    executor: Executor = "ray"  # `ray` runs trials as processes, `inline` one after another in this one
+    until_decided: bool = False  # go on look by look while a claim is undecided for want of seeds
+    budget_seconds: float | None = None  # wall time within which a further look must fit; None: the study's own
+    tracking_uri: str | None = None  # MLflow's; None: the study's own, or the embedded database
+    address: str | None = None  # of a Ray cluster; None: this machine
+    allow_code: bool = False  # run the code of custom parts; without it a study that has some is refused
+    trainer: Trainer | None = None  # the detector's code, which travels to the trials' processes; None: `core`
+
+
+def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: TextIO) -> int:
     """Complete the looks started, the first at least, then judge and report; return the exit code.
 
     Args:
         plan: what to run.
         store: where the records are.
-        executor: `ray` runs trials as processes, `inline` one after another in this one.
-        until_decided: go on look by look while a claim is undecided for want of seeds.
-        budget_seconds: wall time of this call within which a further look must fit; the study's own by default.
-        tracking_uri: MLflow's; the study's own, or the embedded database, by default.
-        address: of a Ray cluster; this machine by default.
-        allow_code: run the code of custom parts; without it a study that has some is refused.
+        options: how to go about it.
         out: takes the results.
         err: takes progress and warnings.
 
@@ -66,7 +62,7 @@ def run_study(  # noqa: PLR0913 - the options of the command
         BusyError: another driver runs this plan.
         WorkbenchError: nothing could be started.
     """
-    if not allow_code:
+    if not options.allow_code:
         refuse_code(plan)
     try:
         source = plan.study.path.read_text(encoding="utf-8")
@@ -74,10 +70,11 @@ def run_study(  # noqa: PLR0913 - the options of the command
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
     ref = store.register(plan, source=source)
     with store.lock(ref), _kept(err) as screen:
-        mirror = Mirror(store, ref, plan, tracking_uri=tracking_uri or plan.study.tracking_uri, warn=_line_to(screen))
-        run = _Run(plan, store, ref, mirror, executor=executor, address=address, allow_code=allow_code, err=screen)
+        uri = options.tracking_uri or plan.study.tracking_uri
+        mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
+        run = _Run(plan, store, ref, mirror, options=options, err=screen)
         with run.stop.listening():
-            code = run.looks(until_decided=until_decided, budget_seconds=budget_seconds or plan.study.budget_seconds)
+            code = run.looks()
             if run.stop.signal is None:
                 out.write(run.report())
                 out.flush()
@@ -91,19 +88,10 @@ class _Run:
     """One driver's work on one plan."""
 
     def __init__(
-        self,
-        plan: Plan,
-        store: Store,
-        ref: StudyRef,
-        mirror: Mirror,
-        *,
-        executor: Executor,
-        address: str | None,
-        allow_code: bool,
-        err: TextIO,
+        self, plan: Plan, store: Store, ref: StudyRef, mirror: Mirror, *, options: Options, err: TextIO
     ) -> None:
         self.plan, self.store, self.ref, self.mirror = plan, store, ref, mirror
-        self.executor, self.address, self.allow_code, self.err = executor, address, allow_code, err
+        self.options, self.err = options, err
         self.say = _line_to(err)
         self.began = time.monotonic()
         self.tried: set[str] = set()
@@ -111,7 +99,7 @@ class _Run:
         self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
         self.progress: Progress | None = None
 
-    def looks(self, *, until_decided: bool, budget_seconds: float | None) -> int:
+    def looks(self) -> int:
         """Complete look after look; return the exit code."""
         number = max(1, self.store.results_for(self.plan).looks_started)
         while True:
@@ -123,7 +111,7 @@ class _Run:
             results = self.judge()
             if any(not self._over(trial) for trial in trials):
                 return 1
-            if not until_decided or not self._another_look(results, number, budget_seconds):
+            if not self.options.until_decided or not self._another_look(results, number):
                 return 0
             number += 1
 
@@ -141,7 +129,7 @@ class _Run:
 
     def say_spending(self) -> None:
         """Say and record what the time of this run went into; of a cluster it is not known how many trials it holds."""
-        if self.address is not None:
+        if self.options.address is not None:
             return
         now = time.time()
         found = spent(
@@ -150,7 +138,7 @@ class _Run:
             driver=Process.current(),
             began_at=now - (time.monotonic() - self.began),
             ended_at=now,
-            slots=self.resources.concurrency if self.executor == "ray" else 1,
+            slots=self._slots(),
         )
         if found is not None:
             cpu = {"driver_cpu_seconds": time.process_time(), "mirror_cpu_seconds": self.mirror.cpu_seconds}
@@ -176,9 +164,8 @@ class _Run:
         if not self._candidates(trials) and not self._elsewhere(trials):
             return
         self._say_start(number, trials)
-        concurrency = self.resources.concurrency if self.executor == "ray" else 1
-        self.progress = Progress(self.store, trials, concurrency=concurrency, stream=self.err)
-        if self.executor == "ray":
+        self.progress = Progress(self.store, trials, concurrency=self._slots(), stream=self.err)
+        if self.options.executor == "ray":
             from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
         self.mirror.start()
         with self.progress.showing():
@@ -198,10 +185,11 @@ class _Run:
             folder=self.ref.path,
             stop=self.stop,
             resources=self.resources,
-            address=self.address,
-            allow_code=self.allow_code,
+            address=self.options.address,
+            allow_code=self.options.allow_code,
+            trainer=self.options.trainer,
         )
-        if self.executor == "inline":
+        if self.options.executor == "inline":
             run_inline(job)
         else:
             from workbench.ray_executor import run_on_ray  # Ray takes seconds, and a complete study needs none
@@ -242,7 +230,8 @@ class _Run:
     def _over(self, trial: PlannedTrial) -> bool:
         return complete(self.store.record(trial.trial_id), self.plan.specs[trial.trial_id])
 
-    def _another_look(self, results: StudyResults, number: int, budget_seconds: float | None) -> bool:
+    def _another_look(self, results: StudyResults, number: int) -> bool:
+        budget_seconds = self.options.budget_seconds or self.plan.study.budget_seconds
         undecided = [verdict.claim for verdict in results.verdicts if commands.wants_seeds(results, verdict)]
         if not undecided:
             return False
@@ -259,6 +248,9 @@ class _Run:
             return False
         return True
 
+    def _slots(self) -> int:
+        return self.resources.concurrency if self.options.executor == "ray" else 1
+
     def _announce_stop(self, line: str) -> None:
         (self.progress.say if self.progress else self.say)(line)
 
@@ -267,7 +259,7 @@ class _Run:
         over = sum(self._over(trial) for trial in trials)
         self.say(
             f"{study.name} ({study.profile}), look {number} of {len(study.looks)}: {len(trials)} trials, {over} "
-            f"already done; {resources.concurrency if self.executor == 'ray' else 1} at once on {resources.device}, "
+            f"already done; {self._slots()} at once on {resources.device}, "
             f"{resources.threads} thread{'s' if resources.threads > 1 else ''} each"
         )
         if resources.gpus:
@@ -283,13 +275,13 @@ class _Run:
         if line:
             self.say(f"           then {pages}")
         self.say(f"Dashboard: {commands.dashboard_command(self.store.root)}")
-        if self.executor == "ray":
+        if self.options.executor == "ray":
             self._prepare_kernel()
             self.say("Starting the processes that train, which takes some ten seconds")
 
     def _prepare_kernel(self) -> None:
         """Build the kernel of deformable attention once for all trials on a CPU here, or say why it is not there."""
-        if self.resources.device != "cpu" or self.address is not None:
+        if self.resources.device != "cpu" or self.options.address is not None:
             return
         try:
             kernel.choose(lambda _: None, tell=self.say)

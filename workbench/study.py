@@ -61,6 +61,18 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How trials are run, which changes no number: `execution` of a study file or profile."""
+
+    retries: int = 2  # of one trial by one command, for failures that trying again can mend
+    stall_seconds: float = 900.0  # without a step or a scored picture, after which a trial is ended and tried again
+    gpus: float = 1.0  # a trial, on a node; below 1 several trials share a GPU, above it the trial is spread over them
+    nodes: int = 1  # a trial
+    gpu_hours: float | None = None  # hard limit of the study at its profile, all attempts counted
+    quota_bytes: int | None = None  # of checkpoints and predictions in the runs folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """One question at one scale. `seeds` are those of the last look; each look takes the first `look.seeds` of them."""
 
@@ -81,6 +93,7 @@ class Study:
     layers: dict[
         str, dict[str, tuple[Any, str]]
     ]  # variant -> dotted key -> (value, where it was set); for `plan --explain`
+    execution: Execution = Execution()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ Precedence, lowest first: the study's recipe (by default the defaults of `Experi
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from core.config import ExperimentConfig
 from core.metrics import NUMBER_NAMES
@@ -26,14 +27,15 @@ from workbench.overrides import (
 )
 from workbench.problems import DEFAULT, Place, Problems, as_key, did_you_mean
 from workbench.recipes import recipe_layer
-from workbench.study import Claim, Look, Study, Variant
-from workbench.study_schema import ProfilePart, StudyPart, read_part, seconds_of
+from workbench.study import Claim, Execution, Look, Study, Variant
+from workbench.study_schema import ExecutionPart, ProfilePart, StudyPart, read_part, seconds_of
 from workbench.user_code import custom_parts, problem_with
 from workbench.yaml12 import Document, Path_
 
 SHIPPED_PROFILES = Path(__file__).resolve().parent.parent / "studies" / "profiles"
 ONE_LOOK_ALPHA = 0.05
 MOST_SEEDS = 1000
+_EXECUTION_NAMES = {"stall_after": "stall_seconds", "quota": "quota_bytes"}
 UNREAD = {
     "version": 1,
     "study": "unread",
@@ -131,6 +133,7 @@ class _Loader:
             return None
         chosen = [variant for variant in variants if variant.name in selected]
         chosen.sort(key=lambda variant: variant.name != self.file.baseline)
+        block = self.file.profiles.get(self.profile_name)
         return Study(
             name=self.file.study,
             question=self.file.question,
@@ -147,6 +150,7 @@ class _Loader:
             budget_seconds=budget,
             tracking_uri=self.selection.tracking_uri or profile.tracking_uri,
             layers={variant.name: explain(variant.config, settings[variant.name]) for variant in chosen},
+            execution=_execution(profile.execution, self.file.execution, block.execution if block else None),
         )
 
     def _profile(self) -> tuple[ProfilePart, Document]:
@@ -163,7 +167,7 @@ class _Loader:
         file, wrong = read_part(ProfilePart, document, self.problems, stand_in={})
         self.wrong |= wrong
         block = self.file.profiles.get(self.profile_name) or ProfilePart()
-        laid = {name: getattr(block, name) for name in block.model_fields_set}
+        laid = {name: getattr(block, name) for name in block.model_fields_set - {"execution"}}
         return file.model_copy(update=laid | {"margins": {**file.margins, **block.margins}}), document
 
     def _layers(self, profile_document: Document) -> dict[str, list[Layer]]:
@@ -312,6 +316,15 @@ class _Loader:
         except ValueError as error:
             self.problems.add(Place(f"--budget {self.selection.budget}"), "", str(error))
             return None
+
+
+def _execution(*parts: ExecutionPart | None) -> Execution:
+    """Return how trials are run: of each key the last part that has it counts."""
+    laid: dict[str, Any] = {}
+    for part in parts:
+        laid |= part.model_dump(exclude_none=True) if part else {}
+    named = {_EXECUTION_NAMES.get(name, name): value for name, value in laid.items()}
+    return Execution(**named)
 
 
 def _read_options(sets: Iterable[str], problems: Problems) -> Layer:

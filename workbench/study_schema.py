@@ -132,6 +132,32 @@ class LooksPart(FilePart):
     alpha: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
 
 
+def bytes_of(size: object) -> int:
+    """Return a size in bytes: 2000000, "500MB", "20GB", "1TB". Raises ValueError for anything else."""
+    parts = re.fullmatch(r"(\d{1,15})(?:([KMGT])B)?", str(size))
+    if isinstance(size, bool) or parts is None:
+        raise ValueError(f"found {shown(size)}; allowed: a size such as 500MB, 20GB or 1TB")
+    return int(parts[1]) * 1000 ** " KMGT".index(parts[2] or " ")
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(bytes_of),
+    WithJsonSchema({"type": ["string", "integer"], "description": "bytes, or 500MB, 20GB, 1TB"}),
+]
+
+
+class ExecutionPart(FilePart):
+    """How trials are run, which changes no number. What is left out is as the profile or the default says."""
+
+    retries: int | None = Field(default=None, ge=0, le=20, description="of a trial whose failure may pass; default: 2")
+    stall_after: Duration | None = Field(default=None, description="without a step a trial is tried anew; default: 15m")
+    gpus: float | None = Field(default=None, gt=0, le=64, description="a trial, on a node; .5: two trials a GPU")
+    nodes: int | None = Field(default=None, ge=1, le=64, description="a trial; default: 1")
+    gpu_hours: float | None = Field(default=None, gt=0, description="hard limit of all attempts at this profile")
+    quota: Size | None = Field(default=None, description="of checkpoints and predictions in the runs folder")
+
+
 class ProfilePart(FilePart):
     """A scale: `studies/profiles/NAME.yaml`, or a study's own `profiles.NAME`, which is laid over that file."""
 
@@ -142,6 +168,7 @@ class ProfilePart(FilePart):
     margins: dict[Metric, Margin] = {}
     budget: Duration | None = None
     tracking_uri: str | None = None
+    execution: ExecutionPart = ExecutionPart()
     set: Overrides = {}
 
 
@@ -159,12 +186,16 @@ class StudyPart(FilePart):
     claims: list[ClaimPart] = []
     scope: Literal["seeds"] = Field(description="what the verdict generalises over: seeds, on this validation set")
     profiles: dict[str, ProfilePart | None] = {}
+    execution: ExecutionPart = Field(
+        default=ExecutionPart(), description="at every profile, unless that says otherwise"
+    )
 
 
 PartT = TypeVar("PartT", bound=FilePart)
 
 ENTRIES: dict[str, type[FilePart]] = {"variants": VariantPart, "claims": ClaimPart, "profiles": ProfilePart}
 """The sections whose entries are judged one by one: a wrong one does not hide what is wrong with the others."""
+_PARTS: dict[int | str, type[FilePart]] = {"looks": LooksPart, "execution": ExecutionPart}
 _INNER: dict[int | str, type[FilePart]] = {**ENTRIES, "terms": TermPart}
 
 
@@ -220,8 +251,8 @@ def _keys_beside(model: type[FilePart], path: Path_) -> list[str]:
     """Return the keys that the mapping around `path` may have."""
     names = iter(path[:-1])
     for name in names:
-        if name == "looks":
-            model = LooksPart
+        if name in _PARTS:
+            model = _PARTS[name]
         elif name in _INNER:
             model = _INNER[name]
             next(names, None)  # the entry's own name or position

@@ -21,6 +21,7 @@ from core.custom import given_as_text
 from core.events import Event
 from workbench import attempts, durable, provenance
 from workbench.errors import BusyError, WorkbenchError
+from workbench.failures import FailureClass, classify
 from workbench.processes import Process
 from workbench.records import TrialRecord
 from workbench.store import Store
@@ -274,7 +275,7 @@ class _Work:
         trace = "".join(traceback.format_exception(error))
         write_error(
             self.folder,
-            kind=_error_class(error),
+            kind=classify(error),
             error_type=type(error).__name__,
             message=str(error) or type(error).__name__,
             attempt=self.attempt.number,
@@ -317,8 +318,10 @@ def spec_to_json(spec: TrialSpec) -> dict[str, Any]:
     }
 
 
-def write_error(folder: Path, *, kind: str, error_type: str, message: str, attempt: int, step: int, trace: str) -> None:
-    """Write error.json. `kind` is bad_config, out_of_memory, io, worker_lost or error."""
+def write_error(
+    folder: Path, *, kind: FailureClass, error_type: str, message: str, attempt: int, step: int, trace: str
+) -> None:
+    """Write error.json, in which `kind` is called `class`."""
     durable.write_json(
         folder / "error.json",
         {
@@ -331,15 +334,6 @@ def write_error(folder: Path, *, kind: str, error_type: str, message: str, attem
             "failed_at": durable.now(),
         },
     )
-
-
-def _error_class(error: BaseException) -> str:
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if names & {"MemoryError", "OutOfMemoryError"}:  # torch's has no other base worth importing torch for
-        return "out_of_memory"
-    if isinstance(error, OSError):
-        return "io"
-    return "bad_config" if names & {"WorkbenchError", "DataProblem", "WeightsProblem", "CustomProblem"} else "error"
 
 
 def _cpu_seconds() -> float:

@@ -28,7 +28,7 @@ from core.detector import build_detector
 from core.evaluation.score import evaluate as evaluate_trial
 from core.seeding import torch_stream
 from workbench.plan import make_plan
-from workbench.runner import run_study
+from workbench.runner import Options, run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 
@@ -126,7 +126,9 @@ def own_code(tmp_path_factory):
     plan = make_plan(load_study(EXAMPLE, Selection(profile="smoke", seeds=1, sets=small)))
     store, err = Store(tmp_path_factory.mktemp("own") / "runs"), StringIO()
     nowhere = "http://127.0.0.1:9"
-    code = run_study(plan, store, executor="inline", tracking_uri=nowhere, allow_code=True, out=StringIO(), err=err)
+    code = run_study(
+        plan, store, Options(executor="inline", tracking_uri=nowhere, allow_code=True), out=StringIO(), err=err
+    )
     assert code == 0, err.getvalue()
     (spec,) = (spec for spec in plan.specs.values() if spec.code)
     return store.trial_dir(spec.trial_id)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from workbench.plan import make_plan
-from workbench.runner import run_study
+from workbench.runner import Options, run_study
 from workbench.study_file import Selection, load_study
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -34,7 +34,7 @@ def run(tmp_path, store):
         (tmp_path / "nms.yaml").write_text(text)
         plan = make_plan(load_study(tmp_path / "nms.yaml", Selection(profile="smoke", seeds=seeds, sets=SETS)))
         err = io.StringIO()
-        code = run_study(plan, store, out=io.StringIO(), err=err, executor="inline", tracking_uri=NOWHERE)
+        code = run_study(plan, store, Options(executor="inline", tracking_uri=NOWHERE), out=io.StringIO(), err=err)
         assert code == 0, err.getvalue()
         return plan, store.results_for(plan)
 

@@ -22,7 +22,10 @@ CUSTOM = 'model.box_head: {kind: custom, target: "heads:Mine"}'
 PATIENCE = 120  # seconds, on a busy machine
 
 
-WITHOUT_FORKS = "import sys; from workbench import cli, ray_executor as r; r.AVAILABLE = False; sys.exit(cli.main())"
+WITHOUT_FORKS = (
+    "import sys; from workbench import cli; from workbench.ray_executor import tuner; tuner.AVAILABLE = False; "
+    "sys.exit(cli.main())"
+)
 
 
 def start(study, runs, executor, *options, seeds=1, program=("-m", "workbench")):

@@ -10,17 +10,15 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from workbench import execution
 from workbench.durable import EventReader
 from workbench.errors import WorkbenchError
 from workbench.plan import make_plan
-from workbench.runner import run_study
+from workbench.runner import Options, run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 from workbench.trial import execute
@@ -36,7 +34,7 @@ def run(plan, store, **options):
     """Run a plan inline without MLflow; return the exit code and what was printed."""
     out, err = io.StringIO(), io.StringIO()
     options = {"executor": "inline", "tracking_uri": NOWHERE, **options}
-    code = run_study(plan, store, out=out, err=err, **options)
+    code = run_study(plan, store, Options(**options), out=out, err=err)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -154,12 +152,17 @@ GAINS = {  # in AP, by seed
 
 
 @pytest.fixture
-def two_looks(tmp_path, toy_trainer, monkeypatch):
-    """Return a plan with looks of five and ten seeds, whose trials pretend to train and then score as `GAINS` say."""
+def two_looks(tmp_path):
+    """Return a plan with looks of five and ten seeds."""
     path = tmp_path / "two_looks.yaml"
     path.write_text(TWO_LOOKS)
-    plan = make_plan(load_study(path, Selection(profile="laptop")))
-    scores = {t.trial_id: 0.3 + GAINS[t.variant][t.seed] for t in plan.trials if t.variant != "plain"}
+    return make_plan(load_study(path, Selection(profile="laptop")))
+
+
+@pytest.fixture
+def scoring(two_looks, toy_trainer):
+    """Return a trainer that only pretends and scores the trials of `two_looks` as `GAINS` say."""
+    scores = {t.trial_id: 0.3 + GAINS[t.variant][t.seed] for t in two_looks.trials if t.variant != "plain"}
 
     class Scoring(toy_trainer):
         def evaluate(self, config, evaluation, *, checkpoint, **rest):
@@ -167,14 +170,13 @@ def two_looks(tmp_path, toy_trainer, monkeypatch):
             scored.metrics = replace(scored.metrics, ap=scores.get(checkpoint.parent.parent.name, 0.3))
             return scored
 
-    monkeypatch.setattr(execution, "execute", partial(execute, trainer=Scoring()))
-    return plan
+    return Scoring()
 
 
-def test_only_the_first_look_runs_unasked(two_looks, store):
+def test_only_the_first_look_runs_unasked(two_looks, scoring, store):
     """The same command stops at the first look however often it is given, and says what is undecided."""
     for _ in range(2):
-        code, out, _ = run(two_looks, store)
+        code, out, _ = run(two_looks, store, trainer=scoring)
         assert code == 0
         assert store.results_for(two_looks).looks_started == 1
     assert Counter(store.state(trial.trial_id) for trial in two_looks.trials) == {"finished": 15, "pending": 15}
@@ -182,9 +184,9 @@ def test_only_the_first_look_runs_unasked(two_looks, store):
     assert "--until-decided" in out
 
 
-def test_undecided_claims_go_on_to_the_second_look(two_looks, store):
+def test_undecided_claims_go_on_to_the_second_look(two_looks, scoring, store):
     """With --until-decided the unclear claim is judged at ten seeds; the clear one stands, whatever comes."""
-    code, _, err = run(two_looks, store, until_decided=True, budget_seconds=3600.0)
+    code, _, err = run(two_looks, store, trainer=scoring, until_decided=True, budget_seconds=3600.0)
     assert code == 0
     assert "look 2 of 2: 30 trials, 15 already done" in err
     results = store.results_for(two_looks)
@@ -196,9 +198,9 @@ def test_undecided_claims_go_on_to_the_second_look(two_looks, store):
     assert (noisy.verdict, noisy.look_seeds, noisy.n_pairs, noisy.alpha) == ("supported", 10, 10, 0.02)
 
 
-def test_a_spent_budget_stops_before_the_next_look(two_looks, store):
+def test_a_spent_budget_stops_before_the_next_look(two_looks, scoring, store):
     """No trial of a look that does not fit begins; one line names the claim, the time it needs, and the option."""
-    code, _, err = run(two_looks, store, until_decided=True, budget_seconds=1e-3)
+    code, _, err = run(two_looks, store, trainer=scoring, until_decided=True, budget_seconds=1e-3)
     assert code == 0
     (line,) = (line for line in err.splitlines() if line.startswith("Undecided: "))
     assert re.fullmatch(
@@ -211,11 +213,11 @@ def test_a_spent_budget_stops_before_the_next_look(two_looks, store):
     assert Counter(record.state for record in results.records.values()) == {"finished": 15, "pending": 15}
 
 
-def test_a_look_whose_trials_are_known_needs_no_budget(two_looks, store):
+def test_a_look_whose_trials_are_known_needs_no_budget(two_looks, scoring, store):
     """Trials that another study has computed decide the claim at once, whatever time is left."""
     for spec in two_looks.specs.values():
-        execution.execute(spec, store.root, should_stop=lambda: False)
-    code, _, err = run(two_looks, store, until_decided=True, budget_seconds=1e-3)
+        execute(spec, store.root, should_stop=lambda: False, trainer=scoring)
+    code, _, err = run(two_looks, store, trainer=scoring, until_decided=True, budget_seconds=1e-3)
     assert code == 0
     assert "Undecided: " not in err
     assert [verdict.look_seeds for verdict in store.results_for(two_looks).verdicts] == [5, 10]

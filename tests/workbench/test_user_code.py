@@ -10,7 +10,7 @@ import pytest
 from workbench import cli, commands
 from workbench.errors import StudyFileError, WorkbenchError
 from workbench.plan import make_plan, plan_from_json, plan_to_json
-from workbench.runner import run_study
+from workbench.runner import Options, run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 from workbench.trial import execute
@@ -197,9 +197,8 @@ def test_worked_example_trains(tmp_path):
     plan = make_plan(load_study(EXAMPLE, SMOKE))
     assert [part.key for part in custom_parts(plan.study.variants[1].config)] == ["model.box_head"]
     store, err = Store(tmp_path / "runs"), StringIO()
-    code = run_study(
-        plan, store, executor="inline", tracking_uri="http://127.0.0.1:9", allow_code=True, out=StringIO(), err=err
-    )
+    options = Options(executor="inline", tracking_uri="http://127.0.0.1:9", allow_code=True)
+    code = run_study(plan, store, options, out=StringIO(), err=err)
     assert code == 0, err.getvalue()
     results = [store.result(trial.trial_id) for trial in plan.trials]
     assert results[0]["num_parameters"] == results[1]["num_parameters"]

@@ -1,4 +1,4 @@
-"""Trials as processes under Ray Tune, on this machine or a cluster. The only importer of ray.
+"""Trials as processes under Ray Tune, on this machine or a cluster.
 
 Ray places processes and notices their death; it is not the record. Every call builds a fresh Tuner over one grid axis,
 the trials; each resumes from its own checkpoint. On a CPU an actor of Ray is a slot that takes trial after trial; each
@@ -102,6 +102,7 @@ def _fit(job: Job, folder: Path) -> None:
             device=job.resources.device,
             driver=job.driver,
             allow_code=job.allow_code,
+            trainer=job.trainer,
         ),
     )
     trainable = tune.with_parameters(_Slot, task=task)

@@ -1,0 +1,35 @@
+"""Why trials fail, and which failures trying again can mend.
+
+A failure that would come back (a wrong configuration, a loss that is not finite, too little memory, code that cannot be
+imported) is reported as what it is and never retried by itself; what may pass (a process or a machine that went away, a
+disk that answered with an error, a step that never ended) is tried again from the newest valid checkpoint.
+"""
+
+from typing import Literal
+
+FailureClass = Literal[
+    "worker_lost",  # its process died without a word: killed, or its machine went away
+    "io",  # a file or a disk answered with an error
+    "stalled",  # no step and no scored picture for longer than the study allows
+    "out_of_memory",  # of the host or of a device
+    "bad_config",  # the configuration, the data or the weights cannot be used
+    "import_error",  # code cannot be imported where the trial runs
+    "exited",  # user code called sys.exit
+    "error",  # anything else that was raised
+]
+
+RETRIED: frozenset[str] = frozenset({"worker_lost", "io", "stalled"})
+
+
+def classify(error: BaseException) -> FailureClass:
+    """Return the class of what a trial raised."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"}:  # torch's has no other base worth importing torch for
+        return "out_of_memory"
+    if isinstance(error, SystemExit):
+        return "exited"
+    if isinstance(error, ImportError):
+        return "import_error"
+    if isinstance(error, OSError):
+        return "io"
+    return "bad_config" if names & {"WorkbenchError", "DataProblem", "WeightsProblem", "CustomProblem"} else "error"
