@@ -96,7 +96,7 @@ def test_only_the_missing_evaluation_is_done(spec, store, toy_trainer):
         (DataError("no pictures"), "bad_config"),
         (DataProblem("a.jpg: could be read before"), "bad_config"),
         (WeightsProblem("w.pth: no such weights file"), "bad_config"),
-        (SystemExit(0), "error"),
+        (SystemExit(0), "exited"),
     ],
 )
 def test_an_error_becomes_the_record(spec, store, toy_trainer, error, kind):
