@@ -56,7 +56,8 @@ def train(
 ) -> TrainResult:
     """Train to the end, from the newest valid checkpoint in `checkpoints` if there is one.
 
-    `should_stop` is asked after every step; when it says so, a checkpoint is written and the outcome is `interrupted`.
+    `should_stop` is asked after every step, and after every batch that is scored, by which one can tell that the work
+    goes on; when it says so after a step, a checkpoint is written and the outcome is `interrupted`.
     A loss or gradient that is not finite ends the trial as `diverged`. Several processes (`world`) train one detector:
     the first writes checkpoints and events and scores; all read the checkpoints, and all stop when one is asked to.
     """
@@ -151,7 +152,7 @@ class _Training:
         self.on_event(
             EpochFinished(
                 epoch=trainer.num_step // trainer.steps_per_epoch,
-                metrics=_subset_metrics(trainer) if trainer.world.rank == 0 else {},
+                metrics=_subset_metrics(trainer, on_batch=self._asked_to_stop) if trainer.world.rank == 0 else {},
                 peak_memory_bytes=peak_memory_bytes(trainer.device),
                 **self._progress(trainer.epoch_sums),
             )
@@ -192,11 +193,13 @@ class _Training:
         return path
 
 
-def _subset_metrics(trainer: Trainer) -> dict[str, Metrics]:
+def _subset_metrics(trainer: Trainer, *, on_batch: Callable[[], object]) -> dict[str, Metrics]:
     config = trainer.config.evaluation
     indices = subset_indices(len(trainer.data.scored), config.training_subset)
     return {
-        parameters: score(detector, config, data=trainer.data, indices=indices, device=trainer.device)[0]
+        parameters: score(
+            detector, config, data=trainer.data, indices=indices, device=trainer.device, on_batch=on_batch
+        )[0]
         for parameters, detector in trainer.scored().items()
     }
 

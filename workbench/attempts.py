@@ -1,7 +1,8 @@
-"""The attempts of a trial: who works on it, since when, and how each attempt ended.
+"""The attempts of a trial, or of a study: who works on it, since when, and how each attempt ended.
 
-One file for each attempt, `attempts/<number>.json`. Creating the file claims the trial: of two workers only one can
-create it. A worker whose successor exists has been replaced and must not write any more.
+One file for each attempt, `attempts/<number>.json`, with its beat beside it (`workbench.lease`). Creating the file
+claims the trial: of two workers only one can create it, on any POSIX file system. A worker whose successor exists has
+been replaced and must not write any more.
 """
 
 import time
@@ -10,19 +11,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench import durable
+from workbench import durable, lease
 from workbench.errors import BusyError
+from workbench.failures import FailureClass
 from workbench.processes import Process
 
-HEARTBEAT_SECONDS = 15 * 60
-"""Silence after which a worker on another host counts as dead; longer than a full evaluation, which emits no event."""
-
 Outcome = Literal["finished", "diverged", "interrupted", "failed"]
+
+_POLL_SECONDS = 0.5  # between looks at a holder that may be dead
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One process's work on a trial. `outcome` is None until it ends; `seconds` are wall, `cpu_seconds` CPU time."""
+    """One process's work. `outcome` is None until it ends; `seconds` are wall, `cpu_seconds` CPU time.
+
+    `failure` says why an attempt failed or was cut off; `gpus` how many it held, a share of one included.
+    """
 
     number: int
     worker: Process
@@ -31,14 +35,18 @@ class Attempt:
     outcome: Outcome | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    failure: FailureClass | None = None
+    gpus: float = 0.0
+
+    def ended_well(self) -> bool:
+        """Tell whether the process put the end on record itself, and nothing had failed."""
+        return self.outcome is not None and self.failure is None
 
     def running(self, folder: Path) -> bool:
-        """Tell whether the attempt still goes on, as far as can be known from here."""
+        """Tell whether the attempt still goes on, as far as one look can tell."""
         if self.outcome is not None:
             return False
-        if self.worker.is_here():
-            return self.worker.alive()
-        return time.time() - _last_sign(folder, self.number) < HEARTBEAT_SECONDS
+        return self.worker.alive() if self.worker.is_here() else not lease.expired(beat_file(folder, self.number))
 
 
 def read(folder: Path) -> tuple[Attempt, ...]:
@@ -47,28 +55,65 @@ def read(folder: Path) -> tuple[Attempt, ...]:
     return tuple(_from_json(int(path.stem), durable.read_json(path)) for path in paths)
 
 
-def begin(folder: Path, *, driver: Process | None) -> Attempt:
-    """Claim the trial for this process.
+def begin(folder: Path, *, driver: Process | None, gpus: float = 0.0) -> Attempt:
+    """Claim the trial or study for this process; of a holder elsewhere that seems dead, wait until that is certain.
 
     Raises:
         BusyError: another process works on it.
     """
     earlier = read(folder)
-    if earlier and earlier[-1].running(folder):
-        raise BusyError(f"{folder.name}: {earlier[-1].worker} works on this trial since {earlier[-1].began_at}")
     if earlier and earlier[-1].outcome is None:
-        _close_for_dead(folder, earlier[-1])
+        _await_end(folder, earlier[-1])
+        earlier = read(folder)
+        if earlier[-1].outcome is None:
+            end_for_dead(folder, earlier[-1], outcome="interrupted", failure="worker_lost")
     number = earlier[-1].number + 1 if earlier else 1
-    attempt = Attempt(number=number, worker=Process.current(), driver=driver, began_at=durable.now())
+    attempt = Attempt(number=number, worker=Process.current(), driver=driver, began_at=durable.now(), gpus=gpus)
     if not durable.create_json(_path(folder, number), asdict(attempt)):
-        raise BusyError(f"{folder.name}: another process has just begun this trial")
+        raise BusyError(f"{folder.name}: another process has just begun to work on this")
     return attempt
 
 
-def end(folder: Path, attempt: Attempt, *, outcome: Outcome, seconds: float, cpu_seconds: float) -> None:
+def _await_end(folder: Path, holder: Attempt) -> None:
+    """Return when the holder has ended or is certain to be dead.
+
+    Raises:
+        BusyError: it is alive.
+    """
+    busy = BusyError(f"{folder.name}: {holder.worker} works on this since {holder.began_at}")
+    if holder.worker.is_here():
+        if holder.worker.alive():
+            raise busy
+        return
+    path = beat_file(folder, holder.number)
+    beats = lease.beats(path)
+    while lease.silent_for(path) < lease.EXPIRY_SECONDS:
+        if lease.beats(path) != beats:
+            raise busy
+        if superseded(folder, holder) or read(folder)[-1].outcome is not None:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def end(
+    folder: Path,
+    attempt: Attempt,
+    *,
+    outcome: Outcome,
+    seconds: float,
+    cpu_seconds: float,
+    failure: FailureClass | None = None,
+) -> None:
     """Record how an attempt ended."""
-    ended = replace(attempt, outcome=outcome, seconds=seconds, cpu_seconds=cpu_seconds)
+    ended = replace(attempt, outcome=outcome, seconds=seconds, cpu_seconds=cpu_seconds, failure=failure)
     durable.write_json(_path(folder, attempt.number), asdict(ended))
+
+
+def end_for_dead(folder: Path, attempt: Attempt, *, outcome: Outcome, failure: FailureClass) -> None:
+    """Record the end of an attempt whose process is dead: it lasted until its last sign of life."""
+    began = datetime.fromisoformat(attempt.began_at).timestamp()
+    seconds = max(0.0, _last_sign(folder, attempt.number) - began)
+    end(folder, attempt, outcome=outcome, seconds=seconds, cpu_seconds=0.0, failure=failure)
 
 
 def superseded(folder: Path, attempt: Attempt) -> bool:
@@ -76,16 +121,15 @@ def superseded(folder: Path, attempt: Attempt) -> bool:
     return _path(folder, attempt.number + 1).exists()
 
 
-def _close_for_dead(folder: Path, attempt: Attempt) -> None:
-    began = datetime.fromisoformat(attempt.began_at).timestamp()
-    seconds = max(0.0, _last_sign(folder, attempt.number) - began)
-    end(folder, attempt, outcome="interrupted", seconds=seconds, cpu_seconds=0.0)
+def beat_file(folder: Path, number: int) -> Path:
+    """Return where the worker of an attempt shows that it lives."""
+    return folder / "attempts" / f"{number:04d}.beat"
 
 
 def _last_sign(folder: Path, number: int) -> float:
     """When the worker last wrote something that we know of, in seconds since the epoch."""
-    signs = [path.stat().st_mtime for path in (_path(folder, number), folder / "events.jsonl") if path.exists()]
-    return max(signs, default=0.0)
+    signs = [_path(folder, number), beat_file(folder, number), folder / "events.jsonl"]
+    return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -105,6 +149,8 @@ def _from_json(number: int, plain: dict[str, Any] | None) -> Attempt:
             outcome=plain["outcome"],
             seconds=plain["seconds"],
             cpu_seconds=plain["cpu_seconds"],
+            failure=plain.get("failure"),
+            gpus=plain.get("gpus", 0.0),
         )
     except (KeyError, TypeError):
         nobody = Process(host="", boot="", pid=0, started=None)

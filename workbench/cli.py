@@ -8,6 +8,7 @@ answer at once.
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from workbench.study import Plan
     from workbench.study_file import Selection
 
-INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports when the reader of a pipe has gone
 
 
@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WorkbenchError as error:
         _write(sys.stderr, f"{error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _write(sys.stderr, "Interrupted. The same command goes on from here.\n")
-        return INTERRUPTED
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         return BROKEN_PIPE
@@ -57,6 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--executor", choices=("ray", "inline"), default="ray", help="inline: in this process, no Ray")
     run.add_argument("--address", metavar="ADDR", help="of a running Ray cluster")
     run.add_argument("--allow-code", action="store_true", help="run the code that the study's custom parts name")
+    run.add_argument("--wait", action="store_true", help="for another run of the same plan to end; else exit code 3")
+
+    for name, wanted, text in (
+        ("stop", "stop", "end a running study in good order, from another shell"),
+        ("pause", "pause", "let a running study checkpoint and wait, from another shell"),
+        ("resume", None, "let a paused study go on"),
+    ):
+        _command(commands, name, _steer, text, [selection, runs]).set_defaults(wanted=wanted)
 
     plan = _command(commands, "plan", _plan, "trials, differences, reachable effects and time", [selection, runs])
     plan.add_argument("--explain", action="store_true", help="also each key's value and where it was set")
@@ -194,8 +202,17 @@ def _run(options: argparse.Namespace) -> int:
         until_decided=options.until_decided,
         address=options.address,
         allow_code=options.allow_code,
+        wait=options.wait,
     )
     return run_study(plan, Store(options.runs), chosen, out=sys.stdout, err=sys.stderr)
+
+
+def _steer(options: argparse.Namespace) -> int:
+    from workbench.steering import steer
+    from workbench.store import Store
+
+    _write(sys.stdout, steer(_planned(options), Store(options.runs, create=False), options.wanted) + "\n")
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:

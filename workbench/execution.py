@@ -5,28 +5,43 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from workbench import provenance
 from workbench.errors import WorkbenchError
 from workbench.processes import Process
-from workbench.study import TrialSpec
+from workbench.retrying import canary_says, try_again
+from workbench.store import Store
+from workbench.study import Execution, TrialSpec
 from workbench.trial import Trainer, execute
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequest:
-    """Ctrl-C or SIGTERM, passed on to the workers as a file: they finish their step, write a checkpoint and end.
+Wish = Literal["stop", "pause"]
 
-    A second signal ends the driver at once.
+
+class StopNow(KeyboardInterrupt):
+    """A second signal: the driver ends at once."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+class StopRequest:
+    """A wish to stop or pause, passed on to the workers as a file: they finish their step, write a checkpoint and end.
+
+    It comes as Ctrl-C or SIGTERM, of which a second one ends the driver at once, from another shell (`ask`), or from
+    this driver itself (`stop`).
     """
 
     def __init__(self, path: Path, *, announce: Callable[[str], None]) -> None:
         self.path = path
-        self.signal: int | None = None
+        self.signal: int | None = None  # that the exit code is to tell of
         self._announce = announce
 
     @contextmanager
@@ -51,14 +66,42 @@ class StopRequest:
 
     def requested(self) -> bool:
         """Tell whether the driver is to stop."""
+        if self.signal is None and wish(self.path) == "stop":
+            self.signal = signal.SIGTERM
         return self.signal is not None
+
+    def paused(self) -> bool:
+        """Tell whether the driver is to wait, with no trial at work, until the wish is withdrawn."""
+        return self.signal is None and wish(self.path) == "pause"
+
+    def stop(self) -> None:
+        """Stop in good order, as SIGTERM does."""
+        self.signal = self.signal or signal.SIGTERM
+        ask(self.path, "stop")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise StopNow(number)
         self.signal = number
-        self.path.touch()
+        ask(self.path, "stop")
         self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
+
+
+def ask(path: Path, wanted: Wish | None) -> None:
+    """Ask the driver whose stop file this is to stop or pause; None withdraws the wish."""
+    if wanted is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(wanted, encoding="ascii")
+
+
+def wish(path: Path) -> Wish | None:
+    """Return what a stop file asks for; one that says nothing, as of an earlier version, asks to stop."""
+    try:
+        text = path.read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return "pause" if text == "pause" else "stop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +113,11 @@ class Job:
     folder: Path  # of the study: for the executor's own files
     stop: StopRequest
     resources: "Resources"
+    execution: Execution
+    driver: Process
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # whether the code of custom parts may run
     trainer: Trainer | None = None  # the detector's code; `core` by default
-    driver: Process = field(default_factory=Process.current)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,15 +156,21 @@ def resources_for(specs: tuple[TrialSpec, ...]) -> Resources:
 def run_inline(job: Job) -> None:
     """Run the trials one after another in this process: nothing to start, and a debugger works."""
     os.environ.setdefault("OMP_NUM_THREADS", str(job.resources.threads))
+    store = Store(job.runs)
+    retries = job.execution.retries
     for spec in job.specs:
-        if job.stop.requested():
+        first = job.specs[0].trial_id
+        if spec.trial_id != first and canary_says(store, first, job.driver, retries=retries) == "stop":
             return
-        execute(
-            spec,
-            job.runs,
-            should_stop=job.stop.requested,
-            device=job.resources.device,
-            driver=job.driver,
-            allow_code=job.allow_code,
-            trainer=job.trainer,
-        )
+        again = True
+        while again and not job.stop.path.exists():
+            execute(
+                spec,
+                job.runs,
+                should_stop=job.stop.path.exists,
+                device=job.resources.device,
+                driver=job.driver,
+                allow_code=job.allow_code,
+                trainer=job.trainer,
+            )
+            again = try_again(store, spec.trial_id, job.driver, retries=retries, stop=job.stop.path)

@@ -1,11 +1,13 @@
 """Why trials fail, and which failures trying again can mend.
 
-A failure that would come back (a wrong configuration, a loss that is not finite, too little memory, code that cannot be
-imported) is reported as what it is and never retried by itself; what may pass (a process or a machine that went away, a
-disk that answered with an error, a step that never ended) is tried again from the newest valid checkpoint.
+A failure that would come back (a wrong configuration, too little memory, code that cannot be imported) is reported as
+what it is and never retried by itself; what may pass (a process or a machine that went away, a disk that answered with
+an error, a step that never ended) is tried again from the newest valid checkpoint. A loss that is not finite is no
+failure but an outcome, `diverged`.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 FailureClass = Literal[
     "worker_lost",  # its process died without a word: killed, or its machine went away
@@ -18,7 +20,8 @@ FailureClass = Literal[
     "error",  # anything else that was raised
 ]
 
-RETRIED: frozenset[str] = frozenset({"worker_lost", "io", "stalled"})
+RETRIED: frozenset[str] = frozenset({"worker_lost", "io", "stalled", "error"})
+"""Classes that may pass. An `error` that comes back at the same step with the same words will not."""
 
 
 def classify(error: BaseException) -> FailureClass:
@@ -33,3 +36,10 @@ def classify(error: BaseException) -> FailureClass:
     if isinstance(error, OSError):
         return "io"
     return "bad_config" if names & {"WorkbenchError", "DataProblem", "WeightsProblem", "CustomProblem"} else "error"
+
+
+def may_pass(error: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+    """Tell whether trying again may mend a failure, by its error.json and that of the attempt before."""
+    if error.get("class") != "error":
+        return error.get("class") in RETRIED
+    return before is None or any(error.get(key) != before.get(key) for key in ("type", "message", "step"))

@@ -10,25 +10,33 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
-    """A process on a host. `started` is its start in clock ticks after `boot`, None where there is no /proc."""
+    """A process on a host. `started` is its start in clock ticks after the boot, None where there is no /proc.
+
+    `boot` names the boot of the machine and the set of processes that its number belongs to: a container has its own.
+    """
 
     host: str
     boot: str
     pid: int
     started: int | None
+    command: str = ""  # of a driver, when the command began: a notebook's process gives several
 
     @classmethod
-    def current(cls) -> Self:
+    def current(cls, *, command: str = "") -> Self:
         """Return this process."""
-        return cls(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_started(os.getpid()))
+        pid = os.getpid()
+        return cls(host=socket.gethostname(), boot=_boot(), pid=pid, started=_started(pid), command=command)
 
     def is_here(self) -> bool:
-        """Tell whether the process was started on this host, so that `alive` can know."""
-        return self.host == socket.gethostname()
+        """Tell whether the process belongs to this machine as it is now, so that `alive` can know.
+
+        Two machines may have one name, and a machine may have been started anew: neither is here.
+        """
+        return self.host == socket.gethostname() and self.boot == _boot()
 
     def alive(self) -> bool:
         """Tell whether the process still lives; a zombie, and a recycled number, do not count."""
-        if not self.is_here() or self.boot != _boot():
+        if not self.is_here():
             return False
         if self.started is not None:
             return _started(self.pid) == self.started
@@ -51,7 +59,8 @@ class Process:
 @cache
 def _boot() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

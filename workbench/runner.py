@@ -15,16 +15,17 @@ from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from core.model import kernel
-from workbench import commands, report
-from workbench.attempts import read as read_attempts
+from workbench import commands, durable, report
+from workbench.attempts import Attempt, end_for_dead
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
 from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
+from workbench.retrying import canary_says, own_attempts
 from workbench.spending import spent
-from workbench.store import Store
+from workbench.store import STOP_FILE, Store
 from workbench.study import Plan, PlannedTrial
 from workbench.trial import Trainer, complete, write_error
 from workbench.user_code import refuse_code
@@ -45,6 +46,7 @@ class Options:
     tracking_uri: str | None = None  # MLflow's; None: the study's own, or the embedded database
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # run the code of custom parts; without it a study that has some is refused
+    wait: bool = False  # for another driver of the same plan to end, rather than leave at once
     trainer: Trainer | None = None  # the detector's code, which travels to the trials' processes; None: `core`
 
 
@@ -69,10 +71,11 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
     except OSError as error:
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
     ref = store.register(plan, source=source)
-    with store.lock(ref), _kept(err) as screen:
+    with _kept(err) as screen, store.lock(ref, wait=_line_to(screen) if options.wait else None) as hold:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
         run = _Run(plan, store, ref, mirror, options=options, err=screen)
+        hold.on_loss(run.stop_superseded)
         with run.stop.listening():
             code = run.looks()
             if run.stop.signal is None:
@@ -94,9 +97,10 @@ class _Run:
         self.options, self.err = options, err
         self.say = _line_to(err)
         self.began = time.monotonic()
-        self.tried: set[str] = set()
+        self.driver = Process.current(command=durable.now())
+        self.tried: set[str] = set()  # trials that this driver has given to its executor
         self.resources = resources_for(tuple(plan.specs.values()))
-        self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
+        self.stop = StopRequest(ref.path / STOP_FILE, announce=self._announce_stop)
         self.progress: Progress | None = None
 
     def looks(self) -> int:
@@ -135,7 +139,7 @@ class _Run:
         found = spent(
             self.store,
             self.tried,
-            driver=Process.current(),
+            driver=self.driver,
             began_at=now - (time.monotonic() - self.began),
             ended_at=now,
             slots=self._slots(),
@@ -170,14 +174,24 @@ class _Run:
         self.mirror.start()
         with self.progress.showing():
             while not self.stop.requested():
-                if candidates := self._candidates(trials):
-                    self._execute(candidates)
+                if self.stop.paused():
+                    self._wait_out_pause()
+                elif candidates := self._candidates(trials):
+                    if not self._execute(candidates):
+                        return
                 elif self._elsewhere(trials):
                     time.sleep(WAIT_SECONDS)
                 else:
                     return
 
-    def _execute(self, trials: tuple[PlannedTrial, ...]) -> None:
+    def _wait_out_pause(self) -> None:
+        line = commands.command(self.store.results_for(self.plan), verb="resume")
+        self._announce_stop(f"Paused, with no trial at work. To go on: {line}")
+        while self.stop.paused() and not self.stop.requested():
+            time.sleep(WAIT_SECONDS / 4)
+
+    def _execute(self, trials: tuple[PlannedTrial, ...]) -> bool:
+        """Run trials as far as they go; return whether there is sense in looking for more to run."""
         self.tried.update(trial.trial_id for trial in trials)
         job = Job(
             specs=tuple(self.plan.specs[trial.trial_id] for trial in trials),
@@ -185,9 +199,11 @@ class _Run:
             folder=self.ref.path,
             stop=self.stop,
             resources=self.resources,
+            execution=self.plan.study.execution,
             address=self.options.address,
             allow_code=self.options.allow_code,
             trainer=self.options.trainer,
+            driver=self.driver,
         )
         if self.options.executor == "inline":
             run_inline(job)
@@ -195,34 +211,49 @@ class _Run:
             from workbench.ray_executor import run_on_ray  # Ray takes seconds, and a complete study needs none
 
             run_on_ray(job)
-        if not self.stop.requested():
-            self._record_lost(trials)
+        if self.stop.requested() or self.stop.paused():
+            return True
+        self._record_lost(trials)
+        retries = self.plan.study.execution.retries
+        if len(trials) > 1 and canary_says(self.store, trials[0].trial_id, self.driver, retries=retries) == "stop":
+            self.say("The first trial could not take a single step, so the others were not begun.")
+            return False
+        if not any(self._own(trial) for trial in trials) and not self._elsewhere(trials):
+            self.say(f"No trial could be started; what was printed: {self.ref.path / 'ray'}")
+            return False
+        return True
 
     def _record_lost(self, trials: tuple[PlannedTrial, ...]) -> None:
-        """Write an error for trials whose process died, as Ray's second one did too."""
+        """Write an error for trials whose slot died, as the ones that Ray gave them to next did, too."""
         for trial in trials:
-            if self.store.state(trial.trial_id) not in ("pending", "interrupted"):
-                continue
             folder = self.store.trial_dir(trial.trial_id)
+            own = self._own(trial)
+            if self.store.state(trial.trial_id) != "interrupted" or not own or own[-1].ended_well():
+                continue
+            last = own[-1]
             write_error(
                 folder,
                 kind="worker_lost",
                 error_type="WorkerLost",
                 message=f"its process died without an error, as when memory runs out; see {self.ref.path / 'ray'}",
-                attempt=len(read_attempts(folder)),
+                attempt=last.number,
                 step=self.store.record(trial.trial_id).step,
                 trace="",
             )
+            end_for_dead(folder, last, outcome="failed", failure="worker_lost")
 
     def _candidates(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
-        """Return the trials to run now, in order: each is started once by a command."""
+        """Return the trials to run now, in order. What has failed under this driver is not run again by it."""
         return tuple(
             trial
             for trial in trials
-            if trial.trial_id not in self.tried
+            if not self._over(trial)
             and self.store.state(trial.trial_id) != "running"
-            and not self._over(trial)
+            and not any(attempt.outcome == "failed" for attempt in self._own(trial)[-1:])
         )
+
+    def _own(self, trial: PlannedTrial) -> list[Attempt]:
+        return own_attempts(self.store, trial.trial_id, self.driver)
 
     def _elsewhere(self, trials: tuple[PlannedTrial, ...]) -> bool:
         return any(self.store.state(trial.trial_id) == "running" for trial in trials)
@@ -250,6 +281,11 @@ class _Run:
 
     def _slots(self) -> int:
         return self.resources.concurrency if self.options.executor == "ray" else 1
+
+    def stop_superseded(self) -> None:
+        """Stop, since another driver has taken the study over."""
+        self._announce_stop("Another driver has taken this study over, as when this machine had been asleep: stopping.")
+        self.stop.stop()
 
     def _announce_stop(self, line: str) -> None:
         (self.progress.say if self.progress else self.say)(line)

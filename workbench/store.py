@@ -3,17 +3,16 @@
     trials/<trial_id>/   spec.json  attempts/  events.jsonl  checkpoints/  evaluations/<eval_id>/{metrics.json,
                          predictions.parquet}  and, last of all, result.json or error.json
     studies/<study>/<profile>/<plan_hash>/   plan.json  study.yaml  registered.json  looks.json  verdicts.json
-                         mlflow.json  last_run.json  and what reports and Ray write
+                         mlflow.json  last_run.json  attempts/ of drivers  and what reports and Ray write
     index/   cache/   mlflow.db   mlartifacts/
 
 The state of a trial is derived from its files, so there is nothing to keep in step with them.
 """
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,8 +22,8 @@ from core.events import EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
 from workbench import attempts, durable, siblings
 from workbench.errors import BusyError, StoreError
+from workbench.lease import Heart
 from workbench.plan import plan_from_json, plan_to_json
-from workbench.processes import Process
 from workbench.records import StudyRef, StudyResults, TrialRecord, TrialState, Verdict
 from workbench.siblings import RegisteredPlan
 from workbench.study import Plan
@@ -32,8 +31,46 @@ from workbench.study import Plan
 if TYPE_CHECKING:
     import pandas as pd
 
+STOP_FILE = "stop"
+"""Beside a plan: what its driver is asked for, see `workbench.execution`."""
+
 _RECORD = ("attempts", "result.json", "error.json", "events.jsonl", "evaluations")  # what a trial's record is read from
+_WAIT_SECONDS = 2.0  # between looks at a driver that is waited for
 _SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
+
+
+class Hold:
+    """A driver's hold of a study, which it shows to be alive until `end`."""
+
+    def __init__(self, folder: Path, attempt: attempts.Attempt) -> None:
+        self._folder, self._attempt = folder, attempt
+        self._began, self._cpu_began = time.monotonic(), time.process_time()
+        self._told: Callable[[], None] | None = None
+        self._heart = Heart(attempts.beat_file(folder, attempt.number), on_beat=self._tell_of_loss)
+
+    def on_loss(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called, once and in another thread, when another driver has taken the study over."""
+        self._told = tell
+
+    def end(self) -> None:
+        """Let go."""
+        self._heart.stop()
+        if not self._lost():
+            attempts.end(
+                self._folder,
+                self._attempt,
+                outcome="finished",
+                seconds=time.monotonic() - self._began,
+                cpu_seconds=time.process_time() - self._cpu_began,
+            )
+
+    def _lost(self) -> bool:
+        return attempts.superseded(self._folder, self._attempt)
+
+    def _tell_of_loss(self) -> None:
+        if self._told is not None and self._lost():
+            tell, self._told = self._told, None
+            tell()
 
 
 class Store:
@@ -175,26 +212,32 @@ class Store:
         durable.write_json(ref.path / "last_run.json", spent)
 
     @contextmanager
-    def lock(self, ref: StudyRef) -> Iterator[None]:
-        """Hold a study for this driver; the operating system lets go when the process ends, however it ends.
+    def lock(self, ref: StudyRef, *, wait: Callable[[str], None] | None = None) -> Iterator[Hold]:
+        """Hold a study for this driver, who keeps showing that it lives; a dead one's hold is taken over.
+
+        `wait` is told of a driver that holds it, once, and it is waited for; without it that is an error.
 
         Raises:
             BusyError: another driver runs this plan.
         """
-        with (ref.path / "driver.lock").open("a+", encoding="utf-8") as file:
+        hold = Hold(ref.path, self._claim(ref, wait))
+        try:
+            yield hold
+        finally:
+            hold.end()
+
+    def _claim(self, ref: StudyRef, wait: Callable[[str], None] | None) -> attempts.Attempt:
+        while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise BusyError(
-                    f"{ref.study} ({ref.profile}) is being run by {file.read().strip() or 'another process'}; "
-                    "wait for it, or see it with `python -m workbench status`"
-                ) from None
-            file.truncate(0)
-            file.write(f"{Process.current()} since {durable.now()}\n")
-            file.flush()
-            yield
-            file.truncate(0)
+                return attempts.begin(ref.path, driver=None)
+            except BusyError:
+                holder = attempts.read(ref.path)[-1]
+            who = f"{ref.study} ({ref.profile}) is being run by {holder.worker} since {holder.began_at}"
+            if wait is None:
+                raise BusyError(f"{who}; wait for it with --wait, or see it with `python -m workbench status`")
+            wait(f"{who}; waiting for it")
+            while attempts.read(ref.path)[-1].running(ref.path):
+                time.sleep(_WAIT_SECONDS)
 
     # Trials
 
@@ -252,6 +295,13 @@ class Store:
         if plain is None or plain.get("trial_id") != trial_id or "finished_at" not in plain:
             return None
         return plain if plain.get("outcome") in ("finished", "diverged") else None
+
+    def errors(self, trial_id: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Return the error.json of the attempt before the last, if that failed, and of the last."""
+        folder = self.trial_dir(trial_id)
+        earlier = sorted(folder.glob("error.before_attempt_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
+        before = durable.read_json(earlier[-1]) if earlier else None
+        return before, durable.read_json(folder / "error.json")
 
     def reader(self, trial_id: str) -> durable.EventReader:
         """Return a new reader of a trial's events."""

@@ -1,9 +1,11 @@
-"""Fresh processes at once: a template has imported what a trial needs and computes nothing; each trial is a fork of it.
+"""A process of its own for each work: no number can depend on what ran before, and it can be killed.
 
-So a trial pays neither the start of Python nor the seconds that torch takes, and still no number can depend on what ran
-before it: every fork begins as the template is, whatever other forks did, failed at or imported.
+A template has imported what a trial needs and computes nothing; each trial is a fork of it. So a trial pays neither the
+start of Python nor the seconds that torch takes, and every fork begins as the template is, whatever other forks did,
+failed at or imported. Where forking is not safe, each work gets a new Python.
 """
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -14,10 +16,11 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from workbench import provenance
 
@@ -27,9 +30,14 @@ AVAILABLE = sys.platform == "linux"
 MODULES = ("torch", "core.training", "core.data.splits", "core.evaluation.score", "workbench.trial")
 """Imported by the template. None of them starts a thread, which no fork would have; pyarrow does."""
 
+WATCH_SECONDS = 5.0
 _RAISED = 100  # exit code of a fork whose work raised; what was raised is in the log
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG: man prctl
 _LENGTH, _CODE = struct.Struct("<I"), struct.Struct("<i")
+
+
+def _nothing() -> None:
+    """Watch nothing."""
 
 
 class Lost(RuntimeError):  # noqa: N818 - a fate, told to whoever asked for the work
@@ -44,20 +52,14 @@ class Template:
         self._answers, answer = os.pipe()
         command = f"from workbench.template import serve; serve({theirs}, {answer}, {tuple(modules)})"
         with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", command],
-                pass_fds=(theirs, answer),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                start_new_session=True,  # Ctrl-C in a terminal is for the driver, which asks for a stop in good order
-            )
+            self._process = _start(command, (theirs, answer), output)
         os.close(theirs)
         os.close(answer)
 
-    def run(self, work: Callable[[], Any]) -> None:
+    def run(self, work: Callable[[], Any], *, watch: Callable[[], None] = _nothing) -> None:
         """Call `work`, which must be picklable and leave its results in files, in a fork; return when that has ended.
+
+        `watch` is called every few seconds meanwhile.
 
         Raises:
             Lost: the fork was killed, or `work` raised.
@@ -65,21 +67,85 @@ class Template:
         content = pickle.dumps(work)
         try:
             _write(self._requests, _LENGTH.pack(len(content)) + content)
+            while not select.select([self._answers], [], [], WATCH_SECONDS)[0]:
+                watch()
             answer = _read(self._answers, _CODE.size)
         except OSError:
             answer = None
         if answer is None:
             raise Lost(f"the template of trials died with code {self._process.wait()}")
-        (code,) = _CODE.unpack(answer)
-        if code:
-            fate = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            raise Lost(f"the process of the trial {fate}")
+        _raise_unless_well(*_CODE.unpack(answer))
 
     def close(self) -> None:
         """End the template, and a fork that is still at work."""
         os.close(self._requests)
         os.close(self._answers)
         self._process.wait()
+
+
+class Fresh:
+    """A new Python for each work, where nothing may be forked; same use as a `Template`."""
+
+    def __init__(self, *, log: Path) -> None:
+        self._log = log
+
+    def run(self, work: Callable[[], Any], *, watch: Callable[[], None] = _nothing) -> None:
+        """Call `work` in a new process; return when that has ended. See `Template.run`."""
+        theirs, ours = os.pipe()
+        command = f"from workbench.template import work_once; raise SystemExit(work_once({theirs}))"
+        with self._log.open("ab") as output:
+            process = _start(command, (theirs,), output)
+        os.close(theirs)
+        try:
+            content = pickle.dumps(work)
+            with contextlib.suppress(BrokenPipeError):  # it died at once, which its code tells
+                _write(ours, _LENGTH.pack(len(content)) + content)
+            while True:
+                try:
+                    code = process.wait(WATCH_SECONDS)
+                except subprocess.TimeoutExpired:
+                    watch()
+                else:
+                    return _raise_unless_well(code)
+        finally:
+            os.close(ours)  # by which a process that is still at work knows that nobody waits for it
+            process.wait()
+
+    def close(self) -> None:
+        """Nothing is left between works."""
+
+
+def _raise_unless_well(code: int) -> None:
+    if code:
+        fate = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        raise Lost(f"the process of the trial {fate}")
+
+
+def _start(command: str, handles: tuple[int, ...], output: BinaryIO) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-c", command],
+        pass_fds=handles,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        start_new_session=True,  # Ctrl-C in a terminal is for the driver, which asks for a stop in good order
+    )
+
+
+def work_once(requests: int) -> int:
+    """Be the process of one work: do it, and die when whoever asked for it is gone."""
+    length = _read(requests, _LENGTH.size)
+    content = _read(requests, *_LENGTH.unpack(length)) if length else None
+    if content is None:
+        return _RAISED
+    threading.Thread(target=_die_with, args=(requests,), daemon=True).start()
+    return _called(content)
+
+
+def _die_with(requests: int) -> None:
+    os.read(requests, 1)  # nothing more is sent, so this is the end of the pipe
+    os._exit(_RAISED)
 
 
 def serve(requests: int, answers: int, modules: Sequence[str]) -> None:
@@ -128,6 +194,10 @@ def _work(content: bytes) -> int:  # in a fork
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    return _called(content)
+
+
+def _called(content: bytes) -> int:
     try:
         pickle.loads(content)()
     except BaseException:  # noqa: BLE001 - a fork must not go on as a second template

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -22,6 +25,7 @@ from core.events import Event
 from workbench import attempts, durable, provenance
 from workbench.errors import BusyError, WorkbenchError
 from workbench.failures import FailureClass, classify
+from workbench.lease import Heart
 from workbench.processes import Process
 from workbench.records import TrialRecord
 from workbench.store import Store
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
     from core.data.splits import DataSplits
     from core.evaluation.score import Evaluation
     from core.training import TrainResult
+
+
+_STALLED = 75  # exit code of a process that ends itself because its work hangs
 
 
 class Trainer(Protocol):
@@ -57,9 +64,15 @@ class Trainer(Protocol):
         ...
 
     def evaluate(
-        self, config: ExperimentConfig, evaluation: EvaluationConfig, *, data: DataSplits, checkpoint: Path
+        self,
+        config: ExperimentConfig,
+        evaluation: EvaluationConfig,
+        *,
+        data: DataSplits,
+        checkpoint: Path,
+        on_batch: Callable[[], None],
     ) -> Evaluation:
-        """Score a checkpoint."""
+        """Score a checkpoint; `on_batch` is called after each batch."""
         ...
 
 
@@ -103,7 +116,7 @@ def complete(record: TrialRecord, spec: TrialSpec) -> bool:
     )
 
 
-def execute(
+def execute(  # noqa: PLR0913 - what a trial can be told
     spec: TrialSpec,
     runs: Path,
     *,
@@ -112,6 +125,8 @@ def execute(
     driver: Process | None = None,
     trainer: Trainer | None = None,
     allow_code: bool = False,
+    stall_seconds: float | None = None,
+    gpus: float = 0.0,
 ) -> attempts.Outcome | Literal["busy"]:
     """Bring a trial as far as it goes and return how this attempt ended; whatever the trial raises becomes its record.
 
@@ -123,6 +138,9 @@ def execute(
         driver: the process that asked for the trial; when it dies, the trial stops as well.
         trainer: the detector's code; `core` by default.
         allow_code: whether the user allows the code of custom parts to run.
+        stall_seconds: without a step or a scored batch, after which this process records `stalled` and ends itself;
+            None never does.
+        gpus: how many the trial holds, for the record.
 
     Returns:
         `busy` when another process works on the trial or has taken it over.
@@ -142,11 +160,12 @@ def execute(
     folder = store.trial_dir(spec.trial_id)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        attempt = attempts.begin(folder, driver=driver)
+        attempt = attempts.begin(folder, driver=driver, gpus=gpus)
     except BusyError:
         return "busy"
     work = _Work(spec=spec, store=store, attempt=attempt, should_stop=should_stop, device=device)
-    return work.run(trainer or CoreTrainer(device))
+    with work.beating(stall_seconds):
+        return work.run(trainer or CoreTrainer(device))
 
 
 @dataclass(kw_only=True)
@@ -168,21 +187,34 @@ class _Work:
         # Now, since the working tree may change while this process goes on with the code that it has loaded.
         self._provenance = provenance.collect(threads=self.spec.config.training.threads, device=self.device)
 
+    @contextmanager
+    def beating(self, stall_seconds: float | None) -> Iterator[None]:
+        """Show within the block that this process lives, and that its work goes on."""
+        path = attempts.beat_file(self.folder, self.attempt.number)
+        self._main_thread = threading.get_ident()
+        self._heart = Heart(path, stall_seconds=stall_seconds, on_stall=self._end_stalled)
+        try:
+            yield
+        finally:
+            self._heart.stop()
+
     def run(self, trainer: Trainer) -> attempts.Outcome | Literal["busy"]:
         """Train and score; record the end whatever it is."""
         self._prepare_files()
         events = durable.EventWriter(self.folder / "events.jsonl", attempt=self.attempt.number)
+        failure: FailureClass | None = None
         try:
             with given_as_text(self.spec.code, folder=self.folder / "code"):
                 outcome = self._train_and_score(trainer, events)
         except _Superseded:
             return "busy"
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a trial raises is an outcome, on record
-            self._record_error(error)
-            outcome = "failed"
+            outcome, failure = "failed", classify(error)
+            trace = "".join(traceback.format_exception(error))
+            self._record_error(failure, type(error).__name__, str(error) or type(error).__name__, trace)
         finally:
             events.close()
-        self._end(outcome)
+        self._end(outcome, failure)
         return outcome
 
     def _prepare_files(self) -> None:
@@ -229,7 +261,9 @@ class _Work:
             return
         if trained.checkpoint is None:
             raise WorkbenchError(f"{self.spec.trial_id}: the training left no checkpoint to score")
-        scored = trainer.evaluate(self.spec.config, evaluation, data=data, checkpoint=trained.checkpoint)
+        scored = trainer.evaluate(
+            self.spec.config, evaluation, data=data, checkpoint=trained.checkpoint, on_batch=self._heart.pulse
+        )
         self._check_owner()
         durable.write_with(
             self.store.predictions(self.spec.trial_id, eval_id), lambda path: _write_parquet(path, scored.predictions)
@@ -271,21 +305,32 @@ class _Work:
             },
         )
 
-    def _record_error(self, error: BaseException) -> None:
-        trace = "".join(traceback.format_exception(error))
+    def _record_error(self, kind: FailureClass, error_type: str, message: str, trace: str) -> None:
         write_error(
             self.folder,
-            kind=classify(error),
-            error_type=type(error).__name__,
-            message=str(error) or type(error).__name__,
+            kind=kind,
+            error_type=error_type,
+            message=message,
             attempt=self.attempt.number,
             step=self._step,
             trace=trace[-4000:],
         )
 
-    def _end(self, outcome: attempts.Outcome) -> None:
+    def _end(self, outcome: attempts.Outcome, failure: FailureClass | None) -> None:
         seconds, cpu_seconds = self._spent()
-        attempts.end(self.folder, self.attempt, outcome=outcome, seconds=seconds, cpu_seconds=cpu_seconds)
+        attempts.end(
+            self.folder, self.attempt, outcome=outcome, seconds=seconds, cpu_seconds=cpu_seconds, failure=failure
+        )
+
+    def _end_stalled(self) -> None:  # in the heart's thread
+        """Record where the work hangs and end the process, which nothing else could."""
+        if not attempts.superseded(self.folder, self.attempt):
+            frame = sys._current_frames().get(self._main_thread)
+            trace = "".join(traceback.format_stack(frame)) if frame else ""
+            message = "no step and no scored picture for longer than execution.stall_after allows; where it hangs is in"
+            self._record_error("stalled", "Stalled", f"{message} {self.folder / 'error.json'}", trace)
+            self._end("failed", "stalled")
+        os._exit(_STALLED)
 
     def _spent(self) -> tuple[float, float]:
         return time.monotonic() - self._began, _cpu_seconds() - self._cpu_began
@@ -296,6 +341,7 @@ class _Work:
 
     def _stop(self) -> bool:
         """Whether to stop; looked up a few times a second at most, since a step may take a millisecond."""
+        self._heart.pulse()
         if time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + 0.2

@@ -1,7 +1,7 @@
 """Score a detector on pictures, and keep what it predicted."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,16 +36,27 @@ class Evaluation:
     seconds: float
 
 
+def _nothing() -> None:
+    """What nobody asks to be told."""
+
+
 def score(
-    detector: Detector, config: EvaluationConfig, *, data: DataSplits, indices: Sequence[int], device: torch.device
+    detector: Detector,
+    config: EvaluationConfig,
+    *,
+    data: DataSplits,
+    indices: Sequence[int],
+    device: torch.device,
+    on_batch: Callable[[], object] = _nothing,
 ) -> tuple[Metrics, list[Detections]]:
     """Score the pictures `indices` of the scored split; return all that was detected, before NMS, too.
 
-    The detector must be in evaluation mode.
+    The detector must be in evaluation mode. `on_batch` is called after each batch.
     """
     found: list[Detections] = []
     for batch in scoring_batches(data.scored, indices, batch_size=config.batch_size):
         found.extend(detector.detect(batch.to(device), top_k=num_candidates(config)))
+        on_batch()
     metrics = coco_metrics(
         [chosen(one, config) for one in found],
         data.ground_truth,
@@ -81,7 +92,13 @@ def without_overlaps(detections: Detections, *, iou: float) -> Detections:
 
 
 def evaluate(
-    config: ExperimentConfig, evaluation: EvaluationConfig, *, data: DataSplits, checkpoint: Path, device: torch.device
+    config: ExperimentConfig,
+    evaluation: EvaluationConfig,
+    *,
+    data: DataSplits,
+    checkpoint: Path,
+    device: torch.device,
+    on_batch: Callable[[], object] = _nothing,
 ) -> Evaluation:
     """Score a checkpoint's raw or averaged weights on the whole scored split, as `evaluation` says."""
     began = time.perf_counter()
@@ -92,7 +109,8 @@ def evaluate(
     averaged = evaluation.parameters == "averaged" and state["averaged"] is not None
     detector.load_state_dict(state["averaged" if averaged else "raw"])
     detector.to(device).eval()
-    metrics, found = score(detector, evaluation, data=data, indices=range(len(data.scored)), device=device)
+    indices = range(len(data.scored))
+    metrics, found = score(detector, evaluation, data=data, indices=indices, device=device, on_batch=on_batch)
     return Evaluation(metrics=metrics, predictions=_columns(found), seconds=time.perf_counter() - began)
 
 

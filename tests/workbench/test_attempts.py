@@ -4,13 +4,14 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+import threading
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from workbench import attempts, durable
+from workbench import attempts, durable, lease
 from workbench.errors import BusyError
 from workbench.processes import Process
 
@@ -59,7 +60,7 @@ def test_a_zombie_is_dead():
 
 def test_a_trial_has_one_worker(tmp_path, child):
     """A second worker is turned away and told who is at work."""
-    with pytest.raises(BusyError, match=f"process {child.pid} on {socket.gethostname()} works on this trial since 20"):
+    with pytest.raises(BusyError, match=f"process {child.pid} on {socket.gethostname()} works on this since 20"):
         attempts.begin(tmp_path, driver=None)
     assert len(attempts.read(tmp_path)) == 1
 
@@ -85,16 +86,60 @@ def test_a_replaced_worker_knows_it(tmp_path):
     assert attempts.superseded(tmp_path, mine)
 
 
-def test_a_worker_on_another_host_is_judged_by_its_last_sign(tmp_path):
-    """Its process cannot be seen from here, so its files speak: silent for long means dead."""
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Return an attempt of a machine that is not this one, on file, with leases that expire after a second."""
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 1.0)
+    own = attempts.begin(tmp_path, driver=None)
+    other = replace(own, worker=replace(own.worker, boot="another machine of the same name"))
+    durable.write_json(tmp_path / "attempts" / "0001.json", asdict(other))
+    return other
+
+
+def test_a_worker_elsewhere_that_beats_is_alive_whatever_the_clocks_say(tmp_path, elsewhere):
+    """Its process cannot be seen and its clock is an hour behind: the beat that grows is what counts."""
+    heart, beat = lease.Heart(attempts.beat_file(tmp_path, 1)), 1
+    heart.stop()
+
+    def go_on():
+        nonlocal beat
+        while not ended.wait(0.2):
+            beat += 1
+            attempts.beat_file(tmp_path, 1).write_text(f"{beat} 0\n")
+            an_hour_ago = time.time() - 3600
+            os.utime(attempts.beat_file(tmp_path, 1), (an_hour_ago, an_hour_ago))
+
+    ended = threading.Event()
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        with pytest.raises(BusyError, match="works on this since"):
+            attempts.begin(tmp_path, driver=None)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_silent_worker_elsewhere_is_replaced_after_the_lease_has_expired(tmp_path, elsewhere):
+    """Nothing is taken over before the silence has lasted, by the waiting machine's own clock; then it is."""
+    lease.Heart(attempts.beat_file(tmp_path, 1)).stop()
+    tomorrow = time.time() + 86400
+    os.utime(attempts.beat_file(tmp_path, 1), (tomorrow, tomorrow))
+    began = time.monotonic()
     attempt = attempts.begin(tmp_path, driver=None)
-    elsewhere = replace(attempt, worker=replace(attempt.worker, host="elsewhere"))
+    assert time.monotonic() - began >= lease.EXPIRY_SECONDS
+    assert attempt.number == 2
+    assert (attempts.read(tmp_path)[0].outcome, attempts.read(tmp_path)[0].failure) == ("interrupted", "worker_lost")
+    assert attempts.superseded(tmp_path, elsewhere)
+
+
+def test_one_look_shows_a_long_dead_worker_elsewhere(tmp_path, elsewhere):
+    """`status` has no time to wait: files older than any difference between clocks speak for themselves."""
+    lease.Heart(attempts.beat_file(tmp_path, 1)).stop()
     assert elsewhere.running(tmp_path)
-    old = (datetime.now(UTC) - timedelta(seconds=attempts.HEARTBEAT_SECONDS + 1)).timestamp()
-    os.utime(tmp_path / "attempts" / "0001.json", (old, old))
+    old = time.time() - lease.EXPIRY_SECONDS - lease.CLOCKS_DIFFER_SECONDS - 1
+    os.utime(attempts.beat_file(tmp_path, 1), (old, old))
     assert not elsewhere.running(tmp_path)
-    (tmp_path / "events.jsonl").touch()
-    assert elsewhere.running(tmp_path)
 
 
 def test_a_damaged_attempt_counts_as_one_that_died(tmp_path):

@@ -103,7 +103,12 @@ def test_a_failed_trial_is_told_and_tried_again(toy_plan, store):
     blocked.unlink()
     code, _, _ = run(toy_plan, store)
     assert code == 0
-    assert [store.record(item.trial_id).attempts for item in toy_plan.trials] == [1, 2, 1, 1]
+    assert [store.record(item.trial_id).attempts for item in toy_plan.trials] == [
+        1,
+        4,
+        1,
+        1,
+    ]  # an input or output error may pass: twice more
 
 
 def test_weights_that_do_not_fit_are_told_in_words(toy_study, store, tmp_path):

@@ -1,9 +1,8 @@
 """Trials as processes under Ray Tune, on this machine or a cluster.
 
 Ray places processes and notices their death; it is not the record. Every call builds a fresh Tuner over one grid axis,
-the trials; each resumes from its own checkpoint. On a CPU an actor of Ray is a slot that takes trial after trial; each
-runs in a fork of the slot's template (`workbench.template`), so no number depends on what ran before it. Elsewhere each
-trial has an actor of its own: on a GPU forking was never tried.
+the trials; each resumes from its own checkpoint. An actor of Ray is a slot (`workbench.slots`) that takes trial after
+trial, each in a process of its own. When an actor dies, as with its machine, Ray gives its trial to another one.
 """
 
 import logging
@@ -11,10 +10,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,8 @@ from ray import tune
 
 from workbench.errors import WorkbenchError
 from workbench.execution import Job
+from workbench.slots import Slot, Task, task_for
 from workbench.store import Store
-from workbench.study import TrialSpec
-from workbench.template import AVAILABLE, Template
-from workbench.trial import execute
 
 GRACE_SECONDS = 60.0
 """How long trials may take to finish a step and write a checkpoint once a stop is asked for."""
@@ -91,27 +86,13 @@ def _per_trial(job: Job) -> dict[str, float]:
 
 
 def _fit(job: Job, folder: Path) -> None:
-    forks = AVAILABLE and job.resources.device == "cpu"
-    task = _Task(
-        specs={spec.trial_id: spec for spec in job.specs},
-        logs=folder if forks else None,
-        run=partial(
-            execute,
-            runs=job.runs,
-            should_stop=job.stop.path.exists,
-            device=job.resources.device,
-            driver=job.driver,
-            allow_code=job.allow_code,
-            trainer=job.trainer,
-        ),
-    )
-    trainable = tune.with_parameters(_Slot, task=task)
+    trainable = tune.with_parameters(_Actor, task=task_for(job, logs=folder))
     tuner = tune.Tuner(
         tune.with_resources(trainable, _per_trial(job)),
         param_space={"trial_id": tune.grid_search([spec.trial_id for spec in job.specs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=None if job.address else job.resources.concurrency,
-            reuse_actors=forks,
+            reuse_actors=True,  # a trial is a process of its own, so nothing is left of it in the actor
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -120,8 +101,8 @@ def _fit(job: Job, folder: Path) -> None:
             storage_path=str(folder),
             verbose=0,
             log_to_file=True,
-            # What a trial raises is on record and does not reach Ray, so what fails here is a process that died.
-            failure_config=tune.FailureConfig(max_failures=1),
+            # What becomes of a trial is on record and does not reach Ray: what fails here is an actor that died.
+            failure_config=tune.FailureConfig(max_failures=job.execution.retries),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
             stop=_StopWhenAsked(job),
         ),
@@ -129,38 +110,24 @@ def _fit(job: Job, folder: Path) -> None:
     tuner.fit()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Task:
-    """What every slot is given: the trials, where forks print (None: no forks), and how to run one."""
+class _Actor(tune.Trainable):
+    """A slot in an actor of Ray."""
 
-    specs: dict[str, TrialSpec]
-    logs: Path | None
-    run: Callable[[TrialSpec], Any]
-
-
-class _Slot(tune.Trainable):
-    """An actor in a process of its own: one trial after another, each in a fork, or a single one in the actor."""
-
-    def setup(self, config: dict[str, Any], *, task: _Task | None = None) -> None:
+    def setup(self, config: dict[str, Any], *, task: Task | None = None) -> None:
         assert task is not None  # always given; Tune's own signature has only the config
-        self._trial_id, self._task = config["trial_id"], task
-        self._template = Template(log=task.logs / f"slot-{os.getpid()}.log") if task.logs else None
+        self._trial_id = config["trial_id"]
+        self._slot = Slot(task)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._trial_id = new_config["trial_id"]
         return True
 
     def step(self) -> dict[str, Any]:
-        work = partial(self._task.run, self._task.specs[self._trial_id])
-        if self._template is None:
-            work()
-        else:
-            self._template.run(work)
+        self._slot.run(self._trial_id)
         return {"done": True}
 
     def cleanup(self) -> None:
-        if self._template is not None:
-            self._template.close()
+        self._slot.close()
 
 
 def _trial_name(trial: Any) -> str:

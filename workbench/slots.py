@@ -1,0 +1,158 @@
+"""A slot runs trial after trial, each in a process of its own, and tries again what may pass. It knows nothing of Ray.
+
+Which failures are tried again, and how often, is decided here alone: by the class on record, counted over the attempts
+that this driver has made, on whatever machine. Whoever runs slots need only give the trial to another one when a whole
+slot dies.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from workbench import attempts, lease
+from workbench.execution import Job
+from workbench.failures import FailureClass
+from workbench.processes import Process
+from workbench.retrying import canary_says, try_again
+from workbench.store import Store
+from workbench.study import TrialSpec
+from workbench.template import AVAILABLE, Fresh, Lost, Template
+from workbench.trial import execute, write_error
+
+CANARY_PATIENCE_SECONDS = 600.0
+"""How long trials wait for the first one to take a step; its data may have to be prepared."""
+
+_POLL_SECONDS = 0.1
+_MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What every slot of a driver is given. `run` brings one trial as far as it goes, in the process that calls it."""
+
+    specs: dict[str, TrialSpec]
+    run: Callable[[TrialSpec], Any]
+    runs: Path
+    logs: Path  # folder of what the processes print
+    stop: Path  # a file that asks to stop
+    driver: Process
+    retries: int
+    forks: bool  # else each trial has a new Python
+    canary: str  # the trial that goes first: no other begins before it has taken a step
+
+
+def task_for(job: Job, *, logs: Path) -> Task:
+    """Return what the slots need of a job."""
+    run = partial(
+        execute,
+        runs=job.runs,
+        should_stop=job.stop.path.exists,
+        device=job.resources.device,
+        driver=job.driver,
+        allow_code=job.allow_code,
+        trainer=job.trainer,
+        stall_seconds=job.execution.stall_seconds,
+        gpus=job.execution.gpus * job.execution.nodes if job.resources.device != "cpu" else 0.0,
+    )
+    return Task(
+        specs={spec.trial_id: spec for spec in job.specs},
+        run=run,
+        runs=job.runs,
+        logs=logs,
+        stop=job.stop.path,
+        driver=job.driver,
+        retries=job.execution.retries,
+        forks=AVAILABLE and job.resources.device == "cpu",
+        canary=job.specs[0].trial_id,
+    )
+
+
+class Slot:
+    """Runs trials one after another. Close it to end its processes."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._store = Store(task.runs)
+        log = task.logs / f"slot-{os.getpid()}.log"
+        self._processes = Template(log=log) if task.forks else Fresh(log=log)
+
+    def run(self, trial_id: str) -> None:
+        """Bring a trial as far as it goes; try again as often as the study allows what may pass."""
+        if not self._may_begin(trial_id):
+            return
+        while True:
+            before = _killed_for_memory()
+            try:
+                self._processes.run(
+                    partial(self._task.run, self._task.specs[trial_id]), watch=partial(self._watch, trial_id)
+                )
+            except Lost as lost:
+                self._record_loss(trial_id, lost, out_of_memory=_killed_for_memory() > before)
+                self._renew()
+            task = self._task
+            if not try_again(self._store, trial_id, task.driver, retries=task.retries, stop=task.stop):
+                return
+
+    def close(self) -> None:
+        """End what still runs."""
+        self._processes.close()
+
+    # Before
+
+    def _may_begin(self, trial_id: str) -> bool:
+        """Wait until the first trial has taken a step; False when it could not: the others would fail as well."""
+        give_up = time.monotonic() + CANARY_PATIENCE_SECONDS
+        while trial_id != self._task.canary and time.monotonic() < give_up:
+            task = self._task
+            says = canary_says(self._store, task.canary, task.driver, retries=task.retries)
+            if says != "wait":
+                return says == "go"
+            if self._task.stop.exists():
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    # Meanwhile
+
+    def _watch(self, trial_id: str) -> None:
+        """Kill a process that does not even beat any more: it cannot end itself."""
+        folder = self._store.trial_dir(trial_id)
+        tried = attempts.read(folder)
+        if not tried or tried[-1].outcome is not None or tried[-1].driver != self._task.driver:
+            return
+        if lease.silent_for(attempts.beat_file(folder, tried[-1].number)) > lease.EXPIRY_SECONDS:
+            os.kill(tried[-1].worker.pid, signal.SIGKILL)
+
+    # After
+
+    def _record_loss(self, trial_id: str, lost: Lost, *, out_of_memory: bool) -> None:
+        folder = self._store.trial_dir(trial_id)
+        tried = attempts.read(folder)
+        if not tried or tried[-1].outcome is not None or tried[-1].driver != self._task.driver:
+            return  # it had put its end on record, or it never began
+        kind: FailureClass = "out_of_memory" if out_of_memory else "worker_lost"
+        message = f"{lost}, because memory ran out" if out_of_memory else f"{lost}; what it printed: {self._task.logs}"
+        step = self._store.record(trial_id).step
+        write_error(
+            folder, kind=kind, error_type="Lost", message=message, attempt=tried[-1].number, step=step, trace=""
+        )
+        attempts.end_for_dead(folder, tried[-1], outcome="failed", failure=kind)
+
+    def _renew(self) -> None:
+        """Replace a template that may itself be dead."""
+        self._processes.close()
+        self._processes = type(self._processes)(log=self._task.logs / f"slot-{os.getpid()}.log")
+
+
+def _killed_for_memory() -> int:
+    """Return how many processes of this container the kernel has killed because memory ran out."""
+    try:
+        lines = _MEMORY_EVENTS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
