@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,7 +84,8 @@ class StopRequest:
             raise StopNow(number)
         self.signal = number
         ask(self.path, "stop")
-        self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
+        with suppress(OSError):  # the terminal may be what went away
+            self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
 
 
 def ask(path: Path, wanted: Wish | None) -> None:

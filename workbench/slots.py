@@ -78,8 +78,7 @@ class Slot:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._store = Store(task.runs)
-        log = task.logs / f"slot-{os.getpid()}.log"
-        self._processes = Template(log=log) if task.forks else Fresh(log=log)
+        self._processes = self._new_processes()
 
     def run(self, trial_id: str) -> None:
         """Bring a trial as far as it goes; try again as often as the study allows what may pass."""
@@ -93,7 +92,9 @@ class Slot:
                 )
             except Lost as lost:
                 self._record_loss(trial_id, lost, out_of_memory=_killed_for_memory() > before)
-                self._renew()
+                if not self._processes.alive():
+                    self._processes.close()
+                    self._processes = self._new_processes()
             task = self._task
             if not try_again(self._store, trial_id, task.driver, retries=task.retries, stop=task.stop):
                 return
@@ -101,6 +102,10 @@ class Slot:
     def close(self) -> None:
         """End what still runs."""
         self._processes.close()
+
+    def _new_processes(self) -> Template | Fresh:
+        log = self._task.logs / f"slot-{os.getpid()}.log"
+        return Template(log=log) if self._task.forks else Fresh(log=log)
 
     # Before
 
@@ -142,11 +147,6 @@ class Slot:
             folder, kind=kind, error_type="Lost", message=message, attempt=tried[-1].number, step=step, trace=""
         )
         attempts.end_for_dead(folder, tried[-1], outcome="failed", failure=kind)
-
-    def _renew(self) -> None:
-        """Replace a template that may itself be dead."""
-        self._processes.close()
-        self._processes = type(self._processes)(log=self._task.logs / f"slot-{os.getpid()}.log")
 
 
 def _killed_for_memory() -> int:

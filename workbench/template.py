@@ -65,16 +65,18 @@ class Template:
             Lost: the fork was killed, or `work` raised.
         """
         content = pickle.dumps(work)
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it is dead, and then the answers end as well
             _write(self._requests, _LENGTH.pack(len(content)) + content)
-            while not select.select([self._answers], [], [], WATCH_SECONDS)[0]:
-                watch()
-            answer = _read(self._answers, _CODE.size)
-        except OSError:
-            answer = None
+        while not select.select([self._answers], [], [], WATCH_SECONDS)[0]:
+            watch()
+        answer = _read(self._answers, _CODE.size)
         if answer is None:
             raise Lost(f"the template of trials died with code {self._process.wait()}")
         _raise_unless_well(*_CODE.unpack(answer))
+
+    def alive(self) -> bool:
+        """Tell whether the template can fork another time."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         """End the template, and a fork that is still at work."""
@@ -110,6 +112,10 @@ class Fresh:
         finally:
             os.close(ours)  # by which a process that is still at work knows that nobody waits for it
             process.wait()
+
+    def alive(self) -> bool:
+        """Tell that another work may come."""
+        return True
 
     def close(self) -> None:
         """Nothing is left between works."""

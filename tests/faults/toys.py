@@ -1,28 +1,38 @@
-"""A trainer that takes no time and can be made to fail, a study for it, and drivers as processes of their own.
+"""A trainer that takes no time and can be made to fail, a study for it, and drivers that run it.
 
 Its weights are a chain of hashes, so two trainings that end with the same weights took the same steps in order; each
 step that is executed, also again, is a line of `steps.log` in the trial's folder.
 """
 
 import hashlib
+import io
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 
 from core.events import CheckpointSaved, Diverged, EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
+from workbench import attempts, execution, runner, slots
+from workbench.execution import Job
 from workbench.plan import make_plan
+from workbench.runner import Options, run_study
+from workbench.slots import Slot, task_for
+from workbench.store import Store
 from workbench.study import Plan
 from workbench.study_file import Selection, load_study
+from workbench.template import Template
 
 STUDY = """\
 version: 1
@@ -36,6 +46,7 @@ claims:
   - {{id: sharp_better, text: Sharp is better., plus: sharp, minus: plain, metric: ap, kind: superiority}}
 scope: seeds
 """
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 TINY = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=1")
 
 Kind = Literal["raise", "kill", "segv", "exit", "hang", "io", "oom", "cuda_oom", "import", "nan"]
@@ -139,11 +150,13 @@ class ToyTrainer:
         return False
 
 
-def toy_plan(folder: Path, *, name: str = "toy", seeds: int = 2, text: str = STUDY) -> Plan:
+def toy_plan(
+    folder: Path, *, name: str = "toy", seeds: int = 2, text: str = STUDY, variants: tuple[str, ...] = ("all",)
+) -> Plan:
     """Write a study of two variants into `folder` and return its plan at smoke scale."""
     path = folder / f"{name}.yaml"
     path.write_text(text.format(name=name))
-    return make_plan(load_study(path, Selection(profile="smoke", seeds=seeds, sets=TINY)))
+    return make_plan(load_study(path, Selection(profile="smoke", seeds=seeds, sets=TINY, variants=variants)))
 
 
 def executed(folder: Path) -> list[int]:
@@ -214,6 +227,50 @@ def _result(outcome: str, state: dict[str, Any], checkpoint: Path) -> SimpleName
     )
 
 
-def here() -> str:
-    """Return the folder of this module, for the PYTHONPATH of drivers."""
-    return os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
+def run_toy(
+    plan: Plan,
+    store: Store,
+    trainer: ToyTrainer,
+    *,
+    inline: bool = False,
+    patience: float = 60.0,
+    shown: bool = False,
+    **options: Any,
+) -> tuple[int, str, str]:
+    """Run a plan in a slot, or inline, without MLflow; return exit code and what was printed.
+
+    A slot that does not come to an end within `patience` seconds is stopped. `shown` prints at once what stderr gets.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    chosen = Options(**{"executor": "inline", "trainer": trainer, "tracking_uri": NOWHERE, **options})
+    run = execution.run_inline if inline else partial(_run_in_slot, patience=patience)
+    with mock.patch.object(runner, "run_inline", run):
+        code = run_study(plan, store, chosen, out=out, err=sys.stderr if shown else err)
+    return code, out.getvalue(), err.getvalue()
+
+
+def _run_in_slot(job: Job, *, patience: float) -> None:
+    logs = job.folder / "slots"
+    logs.mkdir(exist_ok=True)
+    watch = threading.Timer(patience, _give_up, (job,))
+    watch.start()
+    with mock.patch.object(slots, "Template", partial(Template, modules=("toys",))):  # torch would take seconds
+        slot = Slot(task_for(job, logs=logs))
+    try:
+        for spec in job.specs:
+            slot.run(spec.trial_id)
+    finally:
+        watch.cancel()
+        slot.close()
+
+
+def _give_up(job: Job) -> None:
+    job.stop.stop()
+    for spec in job.specs:
+        tried = attempts.read(Store(job.runs).trial_dir(spec.trial_id))
+        if tried and tried[-1].outcome is None:
+            os.kill(tried[-1].worker.pid, signal.SIGKILL)
+
+
+if os.environ.get("TOY_CLAIMS") == "none":  # for controls, in every process that trains toys
+    attempts._await_end = attempts.superseded = lambda *_: False

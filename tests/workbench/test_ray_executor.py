@@ -13,7 +13,6 @@ from workbench import attempts
 from workbench.durable import EventReader
 from workbench.provenance import available_cores
 from workbench.store import Store
-from workbench.template import AVAILABLE
 
 pytestmark = pytest.mark.ci
 
@@ -22,10 +21,7 @@ CUSTOM = 'model.box_head: {kind: custom, target: "heads:Mine"}'
 PATIENCE = 120  # seconds, on a busy machine
 
 
-WITHOUT_FORKS = (
-    "import sys; from workbench import cli; from workbench.ray_executor import tuner; tuner.AVAILABLE = False; "
-    "sys.exit(cli.main())"
-)
+WITHOUT_FORKS = "import sys; from workbench import cli, slots; slots.AVAILABLE = False; sys.exit(cli.main())"
 
 
 def start(study, runs, executor, *options, seeds=1, program=("-m", "workbench")):
@@ -91,10 +87,10 @@ def test_kills_of_worker_and_driver_cost_nothing_but_time(toy_study, tmp_path):
 def test_slots_take_trial_after_trial_in_new_processes(toy_study, tmp_path):
     """Two seeds of two variants go through the slots seed by seed, each in a process of its own.
 
-    Where forking is not safe every trial has an actor of its own, and the weights are the same.
+    Where forking is not safe every trial has a new Python, and the weights are the same.
     """
     few = ("--set", "training.epochs=1")
-    programs = {"forks": ("-m", "workbench"), "actors": ("-c", WITHOUT_FORKS)}
+    programs = {"forks": ("-m", "workbench"), "new": ("-c", WITHOUT_FORKS)}
     for place, program in programs.items():
         with start(toy_study, tmp_path / place, "ray", *few, seeds=2, program=program) as process:
             _, err = process.communicate(timeout=PATIENCE)
@@ -109,8 +105,8 @@ def test_slots_take_trial_after_trial_in_new_processes(toy_study, tmp_path):
         spent = json.loads((study / "last_run.json").read_text())
         assert (spent["trials"], spent["slots"]) == (4, min(4, available_cores()))
         slots = len(list(study.glob("ray/slot-*.log")))
-        assert slots == (spent["slots"] if place == "forks" and AVAILABLE else 0)
-    assert _hashes(tmp_path / "forks", count=4) == _hashes(tmp_path / "actors", count=4)
+        assert slots == spent["slots"]
+    assert _hashes(tmp_path / "forks", count=4) == _hashes(tmp_path / "new", count=4)
 
 
 def test_ctrl_c_ends_in_good_order(toy_study, tmp_path):
