@@ -2,7 +2,7 @@
 
 import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -24,8 +24,12 @@ class Process:
     @classmethod
     def current(cls, *, command: str = "") -> Self:
         """Return this process."""
-        pid = os.getpid()
-        return cls(host=socket.gethostname(), boot=_boot(), pid=pid, started=_started(pid), command=command)
+        return replace(cls.of(os.getpid()), command=command)
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """Return the process of this machine that has the number now."""
+        return cls(host=socket.gethostname(), boot=_boot(), pid=pid, started=_started(pid))
 
     def is_here(self) -> bool:
         """Tell whether the process belongs to this machine as it is now, so that `alive` can know.

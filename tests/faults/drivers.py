@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from toys import NOWHERE, ToyTrainer, executed, run_toy, toy_plan
 
 from workbench.durable import EventReader
 from workbench.errors import WorkbenchError
+from workbench.processes import Process
 from workbench.store import Store
 from workbench.study import Plan
 
@@ -81,6 +83,21 @@ def curve_of(store: Store, trial_id: str) -> list[int]:
     reader: Any = EventReader(store.trial_dir(trial_id) / "events.jsonl")
     reader.poll()
     return [item.event.step for item in reader.events if type(item.event).__name__ == "StepsTaken"]
+
+
+def below(pid: int) -> list[Process]:
+    """Return the processes that a process has started, and theirs, as far as they live."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+    found, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        children = [child for child, own in parents.items() if own == parent]
+        found += [process for child in children if (process := Process.of(child)).alive()]
+        todo += children
+    return found
 
 
 if __name__ == "__main__":

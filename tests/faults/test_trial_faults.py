@@ -74,6 +74,20 @@ def _verify_resumed(failure: str):
     return verify
 
 
+def _pair_after_retry(place: Path, *, protected: bool) -> Seen:
+    """The control forgets where the checkpoint was and goes on from the wrong state."""
+    plan, store, calm = toy_plan(place), Store(place / "runs"), Store(place / "calm")
+    poison = Poison(kind="kill", step=7, seed=0, marker=place / "struck")
+    run_toy(plan, calm, ToyTrainer(steps=STEPS))
+    code, _, _ = run_toy(plan, store, ToyTrainer(steps=STEPS, poisons=(poison,), forgetful=not protected))
+    return seen_of(plan, store, code) | {"same weights": weights(plan, store) == weights(plan, calm)}
+
+
+def _verify_pair(seen: Seen) -> None:
+    assert (seen["exit"], set(seen["states"]), sorted(seen["attempts"])) == (0, {"finished"}, [1, 1, 1, 2])
+    assert seen["same weights"]
+
+
 def _always_failing(place: Path, *, protected: bool) -> Seen:
     """The control lets what a trial raises reach the driver."""
     plan, store = toy_plan(place), Store(place / "runs")
@@ -178,6 +192,13 @@ test_fault, test_control = cases(
         expected="as F1",
         scenario=_killed_once,
         verify=_verify_resumed("worker_lost"),
+    ),
+    Fault(
+        number="F28",
+        title="a pair of which one trial was killed and tried again",
+        expected="both sides of each pair end with the weights of an undisturbed run",
+        scenario=_pair_after_retry,
+        verify=_verify_pair,
     ),
     Fault(
         number="F3",

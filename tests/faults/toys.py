@@ -24,7 +24,7 @@ import numpy as np
 
 from core.events import CheckpointSaved, Diverged, EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
-from workbench import attempts, execution, runner, slots
+from workbench import attempts, execution, lease, runner, slots
 from workbench.execution import Job
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
@@ -33,6 +33,7 @@ from workbench.store import Store
 from workbench.study import Plan
 from workbench.study_file import Selection, load_study
 from workbench.template import Template
+from workbench.trial import Trainer
 
 STUDY = """\
 version: 1
@@ -103,6 +104,7 @@ class ToyTrainer:
     every: int = 4
     seconds: float = 0.0
     poisons: tuple[Poison, ...] = ()
+    forgetful: bool = False  # of the weights of a checkpoint, for controls
 
     def open_data(self, _config: Any, **_: Any) -> Any:
         """Return what looks like pictures."""
@@ -115,6 +117,8 @@ class ToyTrainer:
         checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint = checkpoints / "toy.json"
         state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "weights": f"{seed}"}
+        if self.forgetful:
+            state["weights"] = f"{seed}"
         on_event(_started(state["step"], self.steps, self.every))
         with (checkpoints.parent / "steps.log").open("a") as log:
             while state["step"] < self.steps:
@@ -230,7 +234,7 @@ def _result(outcome: str, state: dict[str, Any], checkpoint: Path) -> SimpleName
 def run_toy(
     plan: Plan,
     store: Store,
-    trainer: ToyTrainer,
+    trainer: Trainer,
     *,
     inline: bool = False,
     patience: float = 60.0,
@@ -272,5 +276,6 @@ def _give_up(job: Job) -> None:
             os.kill(tried[-1].worker.pid, signal.SIGKILL)
 
 
+lease.BEAT_SECONDS = float(os.environ.get("TOY_BEAT_SECONDS", lease.BEAT_SECONDS))  # also in the processes of trials
 if os.environ.get("TOY_CLAIMS") == "none":  # for controls, in every process that trains toys
     attempts._await_end = attempts.superseded = lambda *_: False
