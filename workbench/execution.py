@@ -16,7 +16,8 @@ from workbench.processes import Process
 from workbench.retrying import canary_says, try_again
 from workbench.store import Store
 from workbench.study import Execution, TrialSpec
-from workbench.trial import Trainer, execute
+from workbench.trainers import Trainer
+from workbench.trial import execute
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -27,7 +27,8 @@ from workbench.retrying import canary_says, own_attempts
 from workbench.spending import spent
 from workbench.store import STOP_FILE, Store
 from workbench.study import Plan, PlannedTrial
-from workbench.trial import Trainer, complete, write_error
+from workbench.trainers import Trainer
+from workbench.trial import complete, write_error
 from workbench.user_code import refuse_code
 from workbench.verdict import judge
 

@@ -12,8 +12,8 @@ The state of a trial is derived from its files, so there is nothing to keep in s
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from core.events import EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
 from workbench import attempts, durable, siblings
-from workbench.errors import BusyError, StoreError
-from workbench.lease import Heart
+from workbench.errors import StoreError
+from workbench.hold import Hold, held
 from workbench.plan import plan_from_json, plan_to_json
 from workbench.records import StudyRef, StudyResults, TrialRecord, TrialState, Verdict
 from workbench.siblings import RegisteredPlan
@@ -35,42 +35,7 @@ STOP_FILE = "stop"
 """Beside a plan: what its driver is asked for, see `workbench.execution`."""
 
 _RECORD = ("attempts", "result.json", "error.json", "events.jsonl", "evaluations")  # what a trial's record is read from
-_WAIT_SECONDS = 2.0  # between looks at a driver that is waited for
 _SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
-
-
-class Hold:
-    """A driver's hold of a study, which it shows to be alive until `end`."""
-
-    def __init__(self, folder: Path, attempt: attempts.Attempt) -> None:
-        self._folder, self._attempt = folder, attempt
-        self._began, self._cpu_began = time.monotonic(), time.process_time()
-        self._told: Callable[[], None] | None = None
-        self._heart = Heart(attempts.beat_file(folder, attempt.number), on_beat=self._tell_of_loss)
-
-    def on_loss(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called, once and in another thread, when another driver has taken the study over."""
-        self._told = tell
-
-    def end(self) -> None:
-        """Let go."""
-        self._heart.stop()
-        if not self._lost():
-            attempts.end(
-                self._folder,
-                self._attempt,
-                outcome="finished",
-                seconds=time.monotonic() - self._began,
-                cpu_seconds=time.process_time() - self._cpu_began,
-            )
-
-    def _lost(self) -> bool:
-        return attempts.superseded(self._folder, self._attempt)
-
-    def _tell_of_loss(self) -> None:
-        if self._told is not None and self._lost():
-            tell, self._told = self._told, None
-            tell()
 
 
 class Store:
@@ -211,33 +176,15 @@ class Store:
         """Keep what the time of the last run went into."""
         durable.write_json(ref.path / "last_run.json", spent)
 
-    @contextmanager
-    def lock(self, ref: StudyRef, *, wait: Callable[[str], None] | None = None) -> Iterator[Hold]:
+    def lock(self, ref: StudyRef, *, wait: Callable[[str], None] | None = None) -> AbstractContextManager[Hold]:
         """Hold a study for this driver, who keeps showing that it lives; a dead one's hold is taken over.
 
-        `wait` is told of a driver that holds it, once, and it is waited for; without it that is an error.
+        `wait` is told of a driver that holds it, and it is waited for; without it that is an error.
 
         Raises:
             BusyError: another driver runs this plan.
         """
-        hold = Hold(ref.path, self._claim(ref, wait))
-        try:
-            yield hold
-        finally:
-            hold.end()
-
-    def _claim(self, ref: StudyRef, wait: Callable[[str], None] | None) -> attempts.Attempt:
-        while True:
-            try:
-                return attempts.begin(ref.path, driver=None)
-            except BusyError:
-                holder = attempts.read(ref.path)[-1]
-            who = f"{ref.study} ({ref.profile}) is being run by {holder.worker} since {holder.began_at}"
-            if wait is None:
-                raise BusyError(f"{who}; wait for it with --wait, or see it with `python -m workbench status`")
-            wait(f"{who}; waiting for it")
-            while attempts.read(ref.path)[-1].running(ref.path):
-                time.sleep(_WAIT_SECONDS)
+        return held(ref, wait=wait)
 
     # Trials
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from core import numerics
-from core.config import EvaluationConfig, ExperimentConfig
+from core.config import EvaluationConfig
 from core.custom import given_as_text
 from core.events import Event
 from workbench import attempts, durable, provenance
@@ -30,79 +30,17 @@ from workbench.processes import Process
 from workbench.records import TrialRecord
 from workbench.store import Store
 from workbench.study import TrialSpec
+from workbench.trainers import CoreTrainer, Trainer
 from workbench.user_code import FLAG, custom_parts
 
 if TYPE_CHECKING:
     import numpy as np
 
     from core.data.splits import DataSplits
-    from core.evaluation.score import Evaluation
     from core.training import TrainResult
 
 
 _STALLED = 75  # exit code of a process that ends itself because its work hangs
-
-
-class Trainer(Protocol):
-    """What a trial needs of a detector's code."""
-
-    def open_data(self, config: ExperimentConfig, *, root: Path | None, cache: Path) -> DataSplits:
-        """Return the pictures; `report` counts what was left out."""
-        ...
-
-    def train(
-        self,
-        config: ExperimentConfig,
-        *,
-        seed: int,
-        data: DataSplits,
-        checkpoints: Path,
-        on_event: Callable[[Event], None],
-        should_stop: Callable[[], bool],
-    ) -> TrainResult:
-        """Train, resuming from the newest checkpoint."""
-        ...
-
-    def evaluate(
-        self,
-        config: ExperimentConfig,
-        evaluation: EvaluationConfig,
-        *,
-        data: DataSplits,
-        checkpoint: Path,
-        on_batch: Callable[[], None],
-    ) -> Evaluation:
-        """Score a checkpoint; `on_batch` is called after each batch."""
-        ...
-
-
-class CoreTrainer:
-    """The detector of `core`, on one device. Importing torch waits until a trial begins."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def open_data(self, config: ExperimentConfig, *, root: Path | None, cache: Path) -> DataSplits:
-        """Open the trial's pictures."""
-        from core.data.splits import open_data  # torch takes seconds
-
-        return open_data(config.data, root=root, cache=cache)
-
-    def train(self, config: ExperimentConfig, **rest: Any) -> TrainResult:
-        """Train with `core.training`."""
-        import torch  # torch takes seconds
-
-        from core.training import train
-
-        return train(config, device=torch.device(self.device), **rest)
-
-    def evaluate(self, config: ExperimentConfig, evaluation: EvaluationConfig, **rest: Any) -> Evaluation:
-        """Score with `core.evaluation`."""
-        import torch  # torch takes seconds
-
-        from core.evaluation.score import evaluate
-
-        return evaluate(config, evaluation, device=torch.device(self.device), **rest)
 
 
 class _Superseded(Exception):  # noqa: N818 - a reason to leave, not an error

@@ -72,7 +72,7 @@ def _killed(place: Path, *, protected: bool) -> Seen:
     chance, kills = random.Random(5), 0
     for _ in range(20 if protected else 3):
         with start(place, "--seconds", "0.1", "--tracking-uri", "embedded") as driver:
-            time.sleep(chance.uniform(0.8, 3.0))
+            time.sleep(chance.uniform(0.8, 3.0) if protected else 4.0)
             kills += driver.poll() is None
             driver.kill()
             driver.communicate()

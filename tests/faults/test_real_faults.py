@@ -22,7 +22,7 @@ from workbench.plan import make_plan
 from workbench.store import Store
 from workbench.study import Plan
 from workbench.study_file import Selection, load_study
-from workbench.trial import CoreTrainer
+from workbench.trainers import CoreTrainer
 
 SETS = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=30")
 STEPS, EVERY = 60, 2  # a checkpoint ends each epoch, of two steps

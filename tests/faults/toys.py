@@ -33,7 +33,7 @@ from workbench.store import Store
 from workbench.study import Plan
 from workbench.study_file import Selection, load_study
 from workbench.template import Template
-from workbench.trial import Trainer
+from workbench.trainers import Trainer
 
 STUDY = """\
 version: 1
