@@ -18,6 +18,7 @@ from toys import ToyTrainer, run_toy, toy_plan
 from workbench import attempts
 from workbench.errors import BusyError
 from workbench.store import Store
+from workbench.study import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that MLflow imports
 
@@ -29,7 +30,7 @@ def _signalled(number: int, *, twice: bool = False):
         """The control is a driver that has no handler: the signal ends it as a kill does."""
         plan, store = toy_plan(place), Store(place / "runs")
         with start(place, "--seconds", "0.2") as driver:
-            wait_for(lambda: sum(map(len, steps_of(plan, store))) >= 2)
+            wait_for(lambda: _executed(plan, store) >= 2)
             driver.send_signal(number if protected else signal.SIGKILL)
             if twice and protected:
                 wait_for(lambda: list(store.root.glob("studies/*/*/*/stop")))
@@ -70,9 +71,12 @@ def _killed(place: Path, *, protected: bool) -> Seen:
     """Twenty kills at random moments. The control: what had been reached is lost."""
     plan, store = toy_plan(place), Store(place / "runs")
     chance, kills = random.Random(5), 0
-    for _ in range(20 if protected else 3):
+    for turn in range(20 if protected else 3):
         with start(place, "--seconds", "0.1", "--tracking-uri", "embedded") as driver:
-            time.sleep(chance.uniform(0.8, 3.0) if protected else 4.0)
+            if protected:
+                time.sleep(chance.uniform(0.8, 3.0))
+            else:
+                wait_for(lambda turn=turn: _executed(plan, store) >= (turn + 1) * STEPS)
             kills += driver.poll() is None
             driver.kill()
             driver.communicate()
@@ -88,9 +92,13 @@ def _killed(place: Path, *, protected: bool) -> Seen:
         "kills": kills,
         "states": {store.state(trial.trial_id) for trial in plan.trials},
         "curves": all(curve_of(store, trial.trial_id) == list(range(1, STEPS + 1)) for trial in plan.trials),
-        "executed twice": sum(map(len, steps_of(plan, store))) - STEPS * len(plan.trials),
+        "executed twice": _executed(plan, store) - STEPS * len(plan.trials),
         "mlflow": _mlflow_differs(store),
     }
+
+
+def _executed(plan: Plan, store: Store) -> int:
+    return sum(map(len, steps_of(plan, store)))
 
 
 def _mlflow_differs(store: Store) -> list[str]:
@@ -132,7 +140,7 @@ def _together(place: Path, drivers: list[tuple[str, tuple[str, ...]]], *, protec
     for name, options in drivers:
         started.append(start(place, "--name", name, "--seconds", "0.2", *options, **claims))
         if len(started) == 1:
-            wait_for(lambda: sum(map(len, steps_of(plan, store))) >= 2)
+            wait_for(lambda: _executed(plan, store) >= 2)
     ended = [process.communicate(timeout=60) for process in started]
     steps = steps_of(plan, store)
     return {
@@ -170,7 +178,7 @@ def _clock_steps(place: Path, *, protected: bool) -> Seen:
     plan, store = toy_plan(place), Store(place / "runs")
     elsewhere = mock.patch("workbench.processes.Process.is_here", return_value=False)
     with start(place, "--seconds", "0.3", "--seeds", "1", TOY_BEAT_SECONDS="0.3") as driver:
-        wait_for(lambda: sum(map(len, steps_of(plan, store))) >= 2)
+        wait_for(lambda: _executed(plan, store) >= 2)
         folder = store.trial_dir(plan.trials[0].trial_id)
         with _clock_off_by(3600, "Pacific/Apia"), elsewhere:
             taken = _takes(folder, protected=protected)
