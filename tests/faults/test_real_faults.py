@@ -1,7 +1,6 @@
 """The faults whose proof needs the detector itself: its weights after failures, kills and retries, bit for bit."""
 
 import os
-import random
 import subprocess
 import sys
 import time
@@ -112,12 +111,11 @@ def _started(place: Path, runs: Path) -> "subprocess.Popen[str]":
 def _driver_killed(place: Path, *, protected: bool) -> Seen:
     """Under Ray, the driver is killed while trials train, five times; the control loses the checkpoints each time."""
     plan, store, calm = _plan(place), Store(place / "runs"), Store(place / "calm")
-    chance, left, of_ray = random.Random(3), [], []
-    for _ in range(5 if protected else 2):
+    first, left, of_ray, killed_at = plan.trials[0].trial_id, [], [], 0.0
+    for turn in range(5 if protected else 2):
+        target = 10 * (turn + 1) if protected else 30
         with _started(place, store.root) as driver:
-            tried = _count(plan, store)
-            wait_for(lambda seen=tried, process=driver: _count(plan, store) > seen or process.poll() is not None)
-            time.sleep(chance.uniform(0.2, 2.0))
+            wait_for(lambda turn=turn, step=target: _reached(store, first, turn + 1) >= step, patience=150)
             of_ray = below(driver.pid)
             driver.kill()
             driver.communicate()
@@ -129,7 +127,7 @@ def _driver_killed(place: Path, *, protected: bool) -> Seen:
     wait_for(lambda: not any(process.alive() for process in of_ray), patience=150)
     ray_left = round(time.monotonic() - killed_at)
     with _started(place, store.root) as driver:
-        _, err = driver.communicate(timeout=120)
+        _, err = driver.communicate(timeout=200)
     run_toy(plan, calm, CoreTrainer("cpu"))
     again = [_taken_again(store, trial_id) for trial_id in plan.specs]
     return {
@@ -145,9 +143,9 @@ def _driver_killed(place: Path, *, protected: bool) -> Seen:
     }
 
 
-def _count(plan: Plan, store: Store) -> int:
-    """Return how many steps have been begun from, over all attempts."""
-    return sum(len(attempts.read(store.trial_dir(trial_id))) for trial_id in plan.specs)
+def _reached(store: Store, trial_id: str, attempt: int) -> int:
+    """Return the step that an attempt has put on record, 0 before."""
+    return max((item.event.step for item in store.reader(trial_id).poll() if item.attempt == attempt), default=0)
 
 
 def _gone_after(plan: Plan, store: Store) -> int:
