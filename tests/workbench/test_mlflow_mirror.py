@@ -10,21 +10,14 @@ from core.events import StepsTaken
 from workbench.commands import mlflow_command
 from workbench.durable import EventWriter
 from workbench.mlflow_mirror import Mirror, default_uri, sync
+from workbench.mlflow_mirror.api import Api
+from workbench.mlflow_mirror.sender import Sender
+from workbench.mlflow_mirror.state import State
 from workbench.store import Store
 from workbench.trial import execute
 from workbench.verdict import judge
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that MLflow imports
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """Return a migrated MLflow database: creating one takes seconds, a copy takes none."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -47,6 +40,16 @@ def ref(store, toy_plan):
 def run(spec, store, trainer):
     """Execute one trial with a toy trainer."""
     return execute(spec, store.root, should_stop=lambda: False, trainer=trainer)
+
+
+def sender_of(store, ref, plan):
+    """Return what a mirror's thread does, without the thread."""
+    return Sender(store, ref, plan, State(ref.path / "mlflow.json", default_uri(store)))
+
+
+def api_of(client, store):
+    """Return a client as the sender wants it."""
+    return Api(client, artifact_location=store.mlflow_artifacts.as_uri())
 
 
 def runs_of(client, kind):
@@ -76,7 +79,7 @@ def test_a_finished_study_is_all_there(store, toy_plan, toy_trainer, client, ref
     assert warnings == []
     children, (parent,) = runs_of(client, "trial"), runs_of(client, "plan").values()
     statuses = [children[trial.trial_id].info.status for trial in toy_plan.trials]
-    assert statuses == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
+    assert statuses == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
     assert parent.info.status == "FAILED"
     assert parent.data.tags["verdict.sharp_better"] == "undecided"
     assert "Sharp is better." in parent.data.params["claim.sharp_better"]
@@ -92,8 +95,10 @@ def test_a_finished_study_is_all_there(store, toy_plan, toy_trainer, client, ref
     assert curve(client, first, "loss/total") == [(step, 2 / step) for step in range(1, 7)]
     assert curve(client, first, "final_averaged/ap") == [(6, 0.25)]
     names = {item.path for item in client.list_artifacts(first.info.run_id)}
-    assert names == {"spec.json", "events.jsonl", "result.json", "evaluations"}
-    assert {"plan.json", "study.yaml"} <= {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert names == {"spec.json", "events.jsonl", "result.json", "evaluations", "attempts", "manifest.json"}
+    assert {"plan.json", "study.yaml", "registered.json", "looks.json", "verdicts.json", "manifest.json"} <= {
+        item.path for item in client.list_artifacts(parent.info.run_id)
+    }
     assert store.results(ref).mlflow["runs"].keys() == set(toy_plan.specs)
 
 
@@ -105,14 +110,14 @@ def test_curves_are_there_while_a_trial_runs(store, toy_plan, toy_trainer, clien
 
     def look(step):
         if step == 5:
-            mirror.send(client, last=False)
+            sender.send(api_of(client, store), last=False)
             child = runs_of(client, "trial")[spec.trial_id]
             seen.append((child.info.status, curve(client, child, "averaged/ap")))
 
-    mirror = Mirror(store, ref, toy_plan, tracking_uri=None, warn=_unexpected)
+    sender = sender_of(store, ref, toy_plan)
     run(spec, store, toy_trainer(before_step=look))
     assert seen == [("RUNNING", [(2, 0.02), (4, 0.04)])]
-    assert mirror.finish()
+    assert Mirror(store, ref, toy_plan, tracking_uri=None, warn=_unexpected).finish()
     child = runs_of(client, "trial")[spec.trial_id]
     assert child.info.status == "FINISHED"
     assert curve(client, child, "averaged/ap") == [(2, 0.02), (4, 0.04), (6, 0.06)]
@@ -148,8 +153,8 @@ def test_sync_replays_exactly_once(store, toy_plan, toy_trainer, client, ref):
 @pytest.mark.ci
 def test_a_run_whose_id_never_arrived_is_found(store, toy_plan, toy_trainer, client, ref, monkeypatch):
     """When the answer to the creation of a run is lost, the next round takes that run and makes no second one."""
-    mirror = Mirror(store, ref, toy_plan, tracking_uri=None, warn=_unexpected)
-    mirror.send(client, last=False)  # the parent
+    sender, api = sender_of(store, ref, toy_plan), api_of(client, store)
+    sender.send(api, last=False)  # the parent
     spec = next(iter(toy_plan.specs.values()))
     run(spec, store, toy_trainer())
     create = client.create_run
@@ -160,9 +165,10 @@ def test_a_run_whose_id_never_arrived_is_found(store, toy_plan, toy_trainer, cli
 
     monkeypatch.setattr(client, "create_run", lose)
     with pytest.raises(ConnectionError):
-        mirror.send(client, last=False)
-    mirror.send(client, last=True)
-    assert len(client.search_runs([mirror._state["experiment_id"]], "tags.kind = 'trial'")) == 1
+        sender.send(api, last=False)
+    monkeypatch.undo()
+    sender.send(api, last=True)
+    assert len(runs_of(client, "trial")) == 1
     child = runs_of(client, "trial")[spec.trial_id]
     assert (child.info.status, child.data.params["training.epochs"]) == ("FINISHED", "1")
 
