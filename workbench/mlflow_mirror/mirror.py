@@ -24,7 +24,10 @@ _POLL_SECONDS = 0.2
 
 
 def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
-    """Bring MLflow up to date with all records; return 0, or 1 when not all could be sent."""
+    """Bring MLflow up to date with all records; return 0, or 1 when not all could be sent.
+
+    Each study goes to the MLflow that it was last sent to, or was to be, unless another is named.
+    """
     code = 0
     away: set[str] = set()  # asked once, not again for every study
 
@@ -33,9 +36,12 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
 
     for ref in store.studies():
         try:
-            plan = store.results(ref).plan
+            results = store.results(ref)
+            plan, last = results.plan, (results.mlflow or {}).get("tracking_uri")
             with store.lock(ref):
-                mirror = Mirror(store, ref, plan, tracking_uri=tracking_uri or plan.study.tracking_uri, warn=warn)
+                mirror = Mirror(
+                    store, ref, plan, tracking_uri=tracking_uri or last or plan.study.tracking_uri, warn=warn
+                )
                 if mirror.tracking_uri in away:
                     continue
                 if not mirror.finish(limit=None, everything=True):
@@ -67,7 +73,8 @@ class Mirror:
         self.away = False  # whether the last round could not be sent
         self.cpu_seconds = {"connect": 0.0, "send": 0.0}  # of the thread; at first, to make the embedded database
         self._artifacts = store.mlflow_artifacts
-        self._sender = Sender(store, ref, plan, State(ref.path / "mlflow.json", self.tracking_uri))
+        self._state = State(ref.path / "mlflow.json", self.tracking_uri)
+        self._sender = Sender(store, ref, plan, self._state)
         self._warn = warn
         self._warned = False
         self._api: Api | None = None
@@ -79,6 +86,7 @@ class Mirror:
     def start(self) -> None:
         """Begin to copy, in a thread of its own."""
         if self._thread is None:
+            self._state.save(now=True)  # so that `sync` knows where to, should MLflow be away to the end
             self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
             self._thread.start()
 

@@ -14,7 +14,7 @@ class State:
 
     def __init__(self, path: Path, tracking_uri: str) -> None:
         self.tracking_uri = tracking_uri
-        self.changed = False  # since it was written
+        self.changed = True  # since it was written
         self._path = path
         self._saved = 0.0
         self.forget_all()
@@ -58,6 +58,7 @@ class State:
         if texts and all(item is None or isinstance(item, str) for item in ids) and _are_marks(marks):
             self.experiment_id, self.parent_run_id = ids
             self.runs, self.watermarks, self.reached = runs, marks, reached
+            self.changed = False
 
 
 def _are_marks(marks: dict[str, Any]) -> bool:
