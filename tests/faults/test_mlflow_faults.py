@@ -16,12 +16,12 @@ from typing import Any
 import pandas as pd
 import pytest
 from faults import Fault, Seen, cases
-from mlflow_server import shared_server
-from sqlalchemy import Engine, event
+from mlflow_server import locks_waited_for, shared_server
 from toys import ToyTrainer, toy_plan
 
 from core.events import StepsTaken
 from dashboard import load
+from workbench import mirror_content
 from workbench.fetch import fetch
 from workbench.mirror_content import Feed, final_points
 from workbench.mlflow_mirror import default_uri, mirror, sync
@@ -235,7 +235,7 @@ def _locked_for(seconds: float, *, busy_timeout: int) -> Callable[..., Seen]:
                 time.sleep(seconds)
 
         holding = threading.Thread(target=hold)
-        with _frequent_rounds() as patch, _waiting_at_most(busy_timeout):
+        with _frequent_rounds() as patch, locks_waited_for(busy_timeout):
             if not protected:
                 _forget_what_could_not_be_sent(patch)
             holding.start()
@@ -257,9 +257,9 @@ def _locked_for(seconds: float, *, busy_timeout: int) -> Callable[..., Seen]:
     return scenario
 
 
-def _rows(store: Store, query: str) -> list[tuple[Any, ...]]:
+def _rows(store: Store, query: str, study: str = "toy") -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(store.mlflow_database, timeout=60)) as database:
-        return database.execute(query.format("toy")).fetchall()
+        return database.execute(query.format(study)).fetchall()
 
 
 def _create(store: Store) -> None:
@@ -269,18 +269,42 @@ def _create(store: Store) -> None:
     connect(default_uri(store), artifacts=store.mlflow_artifacts)
 
 
-@contextmanager
-def _waiting_at_most(milliseconds: int) -> Iterator[None]:
-    """Let SQLite wait so long for a lock, where MLflow says 20 s at the start of every session."""
+def _memory_lost(place: Path, *, protected: bool) -> Seen:
+    """All is sent; then what is known of that is lost in every way, and all is sent again, to a file and a server."""
+    server = shared_server()
+    server.start()
+    name = "lost" if protected else "lostnow"
+    plan, store = toy_plan(place, name=name), Store(place / "runs")
+    _create(store)
+    points: dict[str, list[int]] = {"embedded": [], "server": []}
+    with pytest.MonkeyPatch.context() as patch:
+        if not protected:  # points carry the time at which they are sent, as MLflow's own calls do
+            patch.setattr(mirror_content, "milliseconds", lambda _: time.time_ns() // 1_000_000)
+        code, _ = _run(plan, store, ToyTrainer(steps=24, every=8), default_uri(store))
+        (known,) = store.root.glob("studies/*/*/*/mlflow.json")
+        early = known.read_text().replace(": [24, 24]", ": [8, 8]")  # as before the last rounds, which a kill can lose
+        lose: list[Callable[[], object]] = [
+            lambda: None,
+            known.unlink,
+            lambda: known.write_text(known.read_text()[:100]),
+            lambda: known.write_text('{"format": 1, "tracking_uri": 3, "runs": 5}'),
+            lambda: known.write_text(early),
+        ]
+        for how in lose:
+            how()
+            for place_name, uri in (("server", server.uri), ("embedded", default_uri(store))):
+                assert sync(store, tracking_uri=uri, err=io.StringIO()) == 0
+                rows = _rows(store, POINTS, name) if place_name == "embedded" else server.rows(POINTS.format(name))
+                points[place_name].append(len(rows))
+    runs = {"embedded": len(_rows(store, RUNS, name)), "server": len(server.rows(RUNS.format(name)))}
+    return {"exit": code, "points": points, "runs": runs}
 
-    def shorten(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: Any) -> tuple[str, Any]:
-        return statement.replace("busy_timeout = 20000", f"busy_timeout = {milliseconds}"), parameters
 
-    event.listen(Engine, "before_cursor_execute", shorten, retval=True)
-    try:
-        yield
-    finally:
-        event.remove(Engine, "before_cursor_execute", shorten)
+def _verify_memory_lost(seen: Seen) -> None:
+    assert seen["exit"] == 0
+    assert len({*seen["points"]["embedded"], *seen["points"]["server"]}) == 1
+    assert seen["points"]["server"][0] > 300
+    assert seen["runs"] == {"embedded": 5, "server": 5}
 
 
 test_fault, test_control = cases(
@@ -297,6 +321,13 @@ test_fault, test_control = cases(
         expected="training never waits, one warning, no point lost or twice",
         scenario=_killed_and_restarted,
         verify=_verify_copy,
+    ),
+    Fault(
+        number="F15b",
+        title="what MLflow has is forgotten",
+        expected="sent again, to a file and a server, five times: no run and no point is there twice",
+        scenario=_memory_lost,
+        verify=_verify_memory_lost,
     ),
     Fault(
         number="F16",

@@ -212,36 +212,47 @@ def _rewritten(name, text):
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    "spoils",
     [
-        (_spoil_json, "not JSON"),
-        (_spoil_name, "no file of a trial"),
-        (_spoil_size, "larger than it may be"),
-        (lambda path: (path.parent / "result.json").write_text("{}"), "not the file that its manifest"),
-        (lambda path: (path.parent / "result.json").unlink(), "has no result.json"),
-        (_rewritten("result.json", '{"format": 1, "trial_id": "other"}'), "neither finished nor diverged"),
-        (_rewritten("spec.json", '{"format": 1, "trial_id": "other", "seed": 0}'), "is of trial 'other'"),
-        (_rewritten("spec.json", '{"format": 9}'), "later version"),
-        (_rewritten("result.json", "[" * 100_000), "RecursionError"),
+        {
+            "not JSON": _spoil_json,
+            "no file of a trial": _spoil_name,
+            "larger than it may be": _spoil_size,
+        },
+        {
+            "not the file that its manifest": lambda path: (path.parent / "result.json").write_text("{}"),
+            "has no spec.json": lambda path: (path.parent / "spec.json").unlink(),
+            "RecursionError": _rewritten("error.json", "[" * 100_000),
+        },
+        {
+            "neither finished nor diverged": _rewritten("result.json", '{"format": 1, "trial_id": "other"}'),
+            "is of trial 'other'": _rewritten("spec.json", '{"format": 1, "trial_id": "other", "seed": 0}'),
+            "later version": _rewritten("spec.json", '{"format": 9}'),
+        },
     ],
 )
-def test_a_trial_that_a_server_has_spoilt_is_refused(server, tmp_path, spoil, words):
-    """Whatever is wrong with one trial, it is told and left out; the others come, and nothing lies elsewhere."""
-    spoilt = results_of(server).plan.trials[0].trial_id
-    (path,) = [
-        path
+def test_trials_that_a_server_has_spoilt_are_refused(server, tmp_path, spoils):
+    """Whatever is wrong with a trial, it is told and left out; the others come, and nothing lies elsewhere."""
+    folders = {
+        trial.trial_id: path
+        for trial in results_of(server).plan.trials
         for path in server.mlflow_artifacts.rglob("manifest.json")
-        if (path.parent / "spec.json").exists() and spoilt in (path.parent / "spec.json").read_text()
-    ]
-    spoil(path)
+        if (path.parent / "spec.json").exists() and trial.trial_id in (path.parent / "spec.json").read_text()
+    }
+    spoilt = dict(zip(folders, spoils, strict=False))
+    for trial_id, words in spoilt.items():
+        spoils[words](folders[trial_id])
     code, copy, told = fetched(server, tmp_path / "deep" / "copy")
     assert code == 1
-    assert words in told
-    assert "3 trials fetched, 1 refused" in told
-    assert not copy.trial_dir(spoilt).exists()
+    for trial_id, words in spoilt.items():
+        (line,) = [line for line in told.splitlines() if line.startswith(trial_id)]
+        assert words in line
+    assert "1 trials fetched, 3 refused" in told
+    states = {trial_id: record.state for trial_id, record in results_of(copy).records.items()}
+    assert [states[trial_id] for trial_id in spoilt] == ["pending"] * 3
+    assert sum(copy.trial_dir(trial_id).exists() for trial_id in states) == 1
     assert [item.name for item in copy.root.iterdir() if item.name.startswith(".")] == []
     assert list(tmp_path.rglob("escaped.json")) == []
-    assert results_of(copy).records[spoilt].state == "pending"
 
 
 @pytest.mark.ci
