@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--executor", choices=("ray", "inline"), default="ray", help="inline: in this process, no Ray")
     run.add_argument("--address", metavar="ADDR", help="of a running Ray cluster")
     run.add_argument("--allow-code", action="store_true", help="run the code that the study's custom parts name")
+    run.add_argument("--on-end", metavar="COMMAND|URL", help="told how the run ended, as JSON by stdin or POST")
     run.add_argument("--wait", action="store_true", help="for another run of the same plan to end; else exit code 3")
 
     for name, wanted, text in (
@@ -84,6 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
     sync = commands.add_parser("sync", help="bring MLflow up to the records", parents=[runs], allow_abbrev=False)
     sync.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
     sync.set_defaults(command=_sync)
+
+    fetch = commands.add_parser("fetch", help="rebuild records from MLflow", parents=[runs], allow_abbrev=False)
+    fetch.add_argument("--tracking-uri", metavar="URI", required=True, help="of the MLflow that has a copy")
+    fetch.add_argument("--study", metavar="NAME", required=True, help="the study's name in its file")
+    fetch.add_argument("--profile", metavar="P", help="the scale; default: all")
+    fetch.set_defaults(command=_fetch)
 
     schema = commands.add_parser("schema", help="print the JSON schema of study files, for editors")
     schema.set_defaults(command=_schema)
@@ -203,6 +210,7 @@ def _run(options: argparse.Namespace) -> int:
         address=options.address,
         allow_code=options.allow_code,
         wait=options.wait,
+        on_end=options.on_end,
     )
     return run_study(plan, Store(options.runs), chosen, out=sys.stdout, err=sys.stderr)
 
@@ -299,8 +307,24 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from workbench.mlflow_mirror import sync
     from workbench.store import Store
+    from workbench.tracking import checked
 
-    return sync(Store(options.runs), tracking_uri=options.tracking_uri, err=sys.stderr)
+    uri = options.tracking_uri and checked(options.tracking_uri)
+    return sync(Store(options.runs), tracking_uri=uri, err=sys.stderr)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from workbench.fetch import fetch
+    from workbench.store import Store
+
+    return fetch(
+        Store(options.runs),
+        tracking_uri=options.tracking_uri,
+        study=options.study,
+        profile=options.profile,
+        out=sys.stdout,
+        err=sys.stderr,
+    )
 
 
 def _schema(options: argparse.Namespace) -> int:  # noqa: ARG001 - every command takes the options

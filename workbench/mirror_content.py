@@ -7,7 +7,7 @@ from typing import Any
 
 from core import numerics
 from core.events import EpochFinished, StepsTaken
-from workbench import durable, provenance
+from workbench import durable, provenance, record_files
 from workbench.records import StudyRef, StudyResults, TrialRecord
 from workbench.series import numbers
 from workbench.store import Store
@@ -16,11 +16,14 @@ from workbench.study import Plan, PlannedTrial
 Point = tuple[str, float, int, int]
 """A metric's name, value, time in milliseconds and step."""
 
+LAST_RUN = "last_run.json"
+"""Written after the last round of a run, so it is sent by the next one, or by `sync`."""
+
 STATUS = {
     "pending": "SCHEDULED",
     "running": "RUNNING",
     "finished": "FINISHED",
-    "diverged": "FINISHED",  # an outcome; the tag `state` says which
+    "diverged": "FAILED",  # an outcome for the study, and no finished training; the tag `state` says which
     "failed": "FAILED",
     "interrupted": "KILLED",
 }
@@ -49,7 +52,7 @@ class Feed:
             if event.step <= reached[kind]:
                 continue
             reached[kind] = event.step
-            time = _milliseconds(stamped.time)
+            time = milliseconds(stamped.time)
             points += [
                 (f"{_FOLDERS[parameters]}{name}", value, time, event.step)
                 for (parameters, name), value in numbers(event).items()
@@ -69,7 +72,7 @@ def final_points(trial: PlannedTrial, record: TrialRecord) -> list[Point]:
     """Return the scores of a finished trial on the whole validation split."""
     if record.result is None:
         return []
-    time, step = _milliseconds(record.result["finished_at"]), record.result["step"]
+    time, step = milliseconds(record.result["finished_at"]), record.result["step"]
     return [
         (f"{'final' if parameters == 'raw' else 'final_averaged'}/{name}", value, time, step)
         for parameters, eval_id in trial.evaluations.items()
@@ -78,21 +81,15 @@ def final_points(trial: PlannedTrial, record: TrialRecord) -> list[Point]:
     ]
 
 
-def trial_files(store: Store, trial: PlannedTrial) -> list[tuple[Path, str | None]]:
-    """Return the files of a trial to keep as artifacts, each with its folder there."""
-    folder = store.trial_dir(trial.trial_id)
-    names = ("spec.json", "events.jsonl", "result.json", "error.json")
-    found: list[tuple[Path, str | None]] = [(folder / name, None) for name in names if (folder / name).exists()]
-    for eval_id in trial.evaluations.values():
-        paths = sorted(store.evaluation_dir(trial.trial_id, eval_id).glob("[!.]*"))
-        found += [(path, f"evaluations/{eval_id}") for path in paths]
-    return found
+def report_files(ref: StudyRef) -> list[Path]:
+    """Return what is kept of a study for readers of MLflow only: anybody can render it again from the records."""
+    return [path for path in sorted(ref.path.glob("report*")) if path.is_file()]
 
 
-def study_files(ref: StudyRef) -> list[Path]:
-    """Return the files of a study to keep as artifacts."""
-    names = ("plan.json", "study.yaml", "verdicts.json")
-    return [path for path in sorted(ref.path.glob("*")) if path.name.startswith("report") or path.name in names]
+def study_stamps(ref: StudyRef) -> dict[str, list[int]]:
+    """Return size and time of change of the files of a study's record, by name."""
+    names = record_files.present("study", ref.path)
+    return {name: list(stamp[1:]) for name in names if (stamp := durable.stamp(ref.path / name)) is not None}
 
 
 def study_params(plan: Plan) -> dict[str, str]:
@@ -112,13 +109,14 @@ def study_tags(plan: Plan) -> dict[str, str]:
     return {"kind": "plan", "study": plan.study.name, "profile": plan.study.profile, "plan_hash": plan.plan_hash}
 
 
-def trial_tags(trial: PlannedTrial, record: TrialRecord) -> dict[str, Any]:
+def trial_tags(trial: PlannedTrial, record: TrialRecord, *, began_at: str) -> dict[str, Any]:
     """Return what a trial's run is known by, and how it stands."""
     revision, dirty = provenance.git()
     source = (record.result or {}).get("provenance") or {"git_revision": revision, "git_dirty": dirty}
     return {
         "variant": trial.variant,
         "seed": trial.seed,
+        "began_at": began_at,
         "git_revision": source["git_revision"],
         "git_dirty": source["git_dirty"],
         "numerics": numerics.VERSION,
@@ -129,6 +127,25 @@ def trial_tags(trial: PlannedTrial, record: TrialRecord) -> dict[str, Any]:
     }
 
 
+PASSING_TAGS = ("outcome", "error")
+"""Those of `trial_tags` that a trial may have and then no more, because it is tried again."""
+
+
+def keys(plan: Plan) -> dict[tuple[str, int], str]:
+    """Return the names that the runs of trials have in mlflow.json, by variant and seed.
+
+    A trial's id, for the first variant that has the trial; variants that differ in their evaluation share trials, and
+    each has a run of its own.
+    """
+    found: dict[tuple[str, int], str] = {}
+    taken: set[str] = set()
+    for trial in plan.trials:
+        key = f"{trial.trial_id}/{trial.variant}" if trial.trial_id in taken else trial.trial_id
+        taken.add(trial.trial_id)
+        found[trial.variant, trial.seed] = key
+    return found
+
+
 def started(results: StudyResults) -> tuple[PlannedTrial, ...]:
     """Return the trials of the looks started, the first at least."""
     looks = results.plan.study.looks[: max(1, results.looks_started)]
@@ -137,19 +154,30 @@ def started(results: StudyResults) -> tuple[PlannedTrial, ...]:
 
 def reached(record: TrialRecord) -> list[Any]:
     """What MLflow has of a trial once all of it is sent."""
-    return [record.state, record.attempts, record.step, sorted(record.metrics)]
+    return [record.state, record.attempts, record.step, sorted(record.metrics), round(record.total_seconds, 3)]
 
 
-def study_reached(results: StudyResults, *, over: bool) -> list[Any]:
-    """Return the status of a plan's run, and the verdicts that it shows; `over` says that its driver does no more."""
+def study_reached(results: StudyResults, ref: StudyRef, *, over: bool) -> list[Any]:
+    """Return the status of a plan's run, the verdicts that it shows and its files but the last run's costs.
+
+    `over` says that its driver does no more.
+    """
     verdicts = [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]
+    files = {name: stamp for name, stamp in study_stamps(ref).items() if name != LAST_RUN}
     states = {results.records[trial.trial_id].state for trial in started(results)}
     if not over:
-        return ["RUNNING", verdicts]
+        return ["RUNNING", verdicts, files]
     if states <= {"finished", "diverged"}:
-        return ["FINISHED", verdicts]
-    return ["FAILED" if "failed" in states else "KILLED", verdicts]
+        return ["FINISHED", verdicts, files]
+    return ["FAILED" if "failed" in states else "KILLED", verdicts, files]
 
 
-def _milliseconds(time: str) -> int:
+def ended_at(record: TrialRecord) -> int | None:
+    """Return when a trial ended, in milliseconds; None where no file says so."""
+    time = (record.result or {}).get("finished_at") or (record.error or {}).get("failed_at")
+    return None if time is None else milliseconds(time)
+
+
+def milliseconds(time: str) -> int:
+    """Return a recorded time as MLflow has it."""
     return round(datetime.fromisoformat(time).timestamp() * 1000)

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from core.model import kernel
-from workbench import commands, durable, report
+from workbench import commands, durable, hook, report
 from workbench.attempts import Attempt, end_for_dead
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
+from workbench.mlflow_mirror.mirror import FLUSH_SECONDS, FLUSH_STOPPED_SECONDS
 from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
@@ -48,6 +49,7 @@ class Options:
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # run the code of custom parts; without it a study that has some is refused
     wait: bool = False  # for another driver of the same plan to end, rather than leave at once
+    on_end: str | None = None  # a command or URL that is told how the run ended
     trainer: Trainer | None = None  # the detector's code, which travels to the trials' processes; None: `core`
 
 
@@ -67,6 +69,8 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
     """
     if not options.allow_code:
         refuse_code(plan)
+    if options.on_end is not None:
+        hook.checked(options.on_end)
     try:
         source = plan.study.path.read_text(encoding="utf-8")
     except OSError as error:
@@ -77,14 +81,19 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
         run = _Run(plan, store, ref, mirror, options=options, err=screen)
         hold.on_loss(run.stop_superseded)
-        with run.stop.listening():
-            code = run.looks()
-            if run.stop.signal is None:
-                out.write(run.report())
-                out.flush()
-            mirror.finish()
-            if run.stop.signal is None:
-                run.say_spending()
+        try:
+            with run.stop.listening():
+                code = run.looks()
+                if run.stop.signal is None:
+                    out.write(run.report())
+                    out.flush()
+                mirror.finish(limit=FLUSH_SECONDS if run.stop.signal is None else FLUSH_STOPPED_SECONDS)
+                if run.stop.signal is None:
+                    run.say_spending()
+        except Exception as error:
+            run.call_hook(getattr(error, "exit_code", 1))
+            raise
+        run.call_hook(code)
         return run.say_end(code)
 
 
@@ -150,9 +159,17 @@ class _Run:
             self.store.save_last_run(self.ref, {**asdict(found), "rest": found.rest, **cpu})
             self.say(str(found))
 
+    def call_hook(self, code: int) -> None:
+        """Tell the hook, if there is one, how the run ended."""
+        if self.options.on_end is not None:
+            results = self.store.results_for(self.plan)
+            told = hook.news(results, exit_code=code, report=self.ref.path / "report.md")
+            if problem := hook.call(self.options.on_end, told):
+                self.say(problem)
+
     def say_end(self, code: int) -> int:
         """Name what failed, or the line that goes on; return `code`."""
-        command = f"python -m workbench {shlex.join(sys.argv[1:])}"
+        command = f"python -m workbench {shlex.join(hook.without_secrets(sys.argv[1:]))}"
         failed = [trial for trial in self.plan.trials if self.store.state(trial.trial_id) == "failed"]
         if code == 1:
             for trial in failed:

@@ -29,6 +29,7 @@ from workbench.problems import DEFAULT, Place, Problems, as_key, did_you_mean
 from workbench.recipes import recipe_layer
 from workbench.study import Claim, Execution, Look, Study, Variant
 from workbench.study_schema import ExecutionPart, ProfilePart, StudyPart, read_part, seconds_of
+from workbench.tracking import problem_with as problem_with_uri
 from workbench.user_code import custom_parts, problem_with
 from workbench.yaml12 import Document, Path_
 
@@ -65,8 +66,9 @@ class Selection:
     def words(self) -> tuple[str, ...]:
         """Return the options as the command line has them, name and value in turn, for plans that anybody may read.
 
-        An address in which a password may stand is left out.
+        An address in which a password stands is left out.
         """
+        uri = self.tracking_uri
         given = [
             ("--profile", self.profile),
             ("--data", self.data),
@@ -74,7 +76,7 @@ class Selection:
             ("--seeds", self.seeds),
             *(("--set", text) for text in self.sets),
             ("--budget", self.budget),
-            ("--tracking-uri", None if {"@", "?"} & set(self.tracking_uri or "") else self.tracking_uri),
+            ("--tracking-uri", None if uri is None or problem_with_uri(uri) else uri),
         ]
         return tuple(word for option, value in given if value is not None for word in (option, str(value)))
 
@@ -129,6 +131,7 @@ class _Loader:
         claims = self._claims(profile, variants, selected)
         looks = self._looks(profile, profile_document)
         budget = self._budget(profile)
+        uri = self._tracking_uri(profile)
         if self.problems or not looks:
             return None
         chosen = [variant for variant in variants if variant.name in selected]
@@ -148,7 +151,7 @@ class _Loader:
             seeds=tuple(range(looks[-1].seeds)),
             scope=self.file.scope,
             budget_seconds=budget,
-            tracking_uri=self.selection.tracking_uri or profile.tracking_uri,
+            tracking_uri=uri,
             layers={variant.name: explain(variant.config, settings[variant.name]) for variant in chosen},
             execution=_execution(profile.execution, self.file.execution, block.execution if block else None),
         )
@@ -169,6 +172,14 @@ class _Loader:
         block = self.file.profiles.get(self.profile_name) or ProfilePart()
         laid = {name: getattr(block, name) for name in block.model_fields_set - {"execution"}}
         return file.model_copy(update=laid | {"margins": {**file.margins, **block.margins}}), document
+
+    def _tracking_uri(self, profile: ProfilePart) -> str | None:
+        given = self.selection.tracking_uri
+        uri = given or profile.tracking_uri
+        if uri is not None and (problem := problem_with_uri(uri)):
+            place = Place("--tracking-uri" if given else f"profile {self.profile_name}")
+            self.problems.add(place, "" if given else "tracking_uri", problem)
+        return uri
 
     def _layers(self, profile_document: Document) -> dict[str, list[Layer]]:
         """Return the layers of each variant, lowest first; the last but one is the variant's own."""

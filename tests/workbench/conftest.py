@@ -42,10 +42,31 @@ def toy_plan(toy_study):
     return make_plan(load_study(toy_study, Selection(profile="smoke", sets=TINY)))
 
 
+@pytest.fixture(scope="session")
+def plan_in():
+    """Return a function that makes such a plan of a file in a folder."""
+
+    def plan(folder):
+        (folder / "toy.yaml").write_text(TOY_STUDY)
+        return make_plan(load_study(folder / "toy.yaml", Selection(profile="smoke", sets=TINY)))
+
+    return plan
+
+
 @pytest.fixture
 def store(tmp_path):
     """Return an empty store."""
     return Store(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """Return a migrated MLflow database: creating one takes seconds, a copy takes none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
 
 
 class ToyTrainer:
@@ -92,7 +113,7 @@ class ToyTrainer:
         return SimpleNamespace(metrics=coco(0.25), predictions=predictions, seconds=0.1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy_trainer():
     """Return the class of a trainer that pretends to train."""
     return ToyTrainer

@@ -1,0 +1,254 @@
+"""What of a study MLflow has not got, sent: an experiment, a parent run for the plan, a child run for each trial."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from core.parts import flatten, scientific
+from workbench import record_files
+from workbench.mirror_content import (
+    LAST_RUN,
+    PASSING_TAGS,
+    STATUS,
+    Feed,
+    ended_at,
+    final_points,
+    keys,
+    milliseconds,
+    reached,
+    report_files,
+    study_params,
+    study_reached,
+    study_stamps,
+    study_tags,
+    trial_tags,
+)
+from workbench.mlflow_mirror.api import Api, answered
+from workbench.mlflow_mirror.state import State
+from workbench.records import StudyRef, StudyResults, TrialRecord
+from workbench.store import Store
+from workbench.study import Plan, PlannedTrial
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+_OVER = ("finished", "diverged", "failed", "interrupted")
+_PARENT, _LAST_RUN = "parent", "last_run"  # beside the trials' keys in `State.reached`
+
+
+class Sender:
+    """Brings MLflow up to the records of one study, as often as it is asked to."""
+
+    def __init__(self, store: Store, ref: StudyRef, plan: Plan, state: State) -> None:
+        self._store, self._ref, self._plan, self._state = store, ref, plan, state
+        self._keys = keys(plan)
+        self._feeds: dict[str, Feed] = {}
+        self._running: dict[str, int] = {}  # key -> the attempt that MLflow knows to be running
+        self._without_params: set[str] = set()
+        self._listed: dict[str, list[Run]] | None = None  # the runs that MLflow has, by trial id; None: not asked
+        self._trusted = False  # whether the plan's run was seen to be there
+
+    def up_to_date(self, *, everything: bool) -> bool:
+        """Tell whether MLflow has all of the study; `everything` includes what the last run cost."""
+        results = self._store.results_for(self._plan)
+        expected = {self._key(trial): reached(record) for trial, record in self._begun(results)}
+        expected[_PARENT] = study_reached(results, self._ref, over=True)
+        known = {key: value for key, value in self._state.reached.items() if key != _LAST_RUN}
+        return known == expected and not (everything and self._last_run_is_new())
+
+    def send(self, api: Api, *, last: bool, everything: bool = False) -> None:
+        """Send what MLflow has not got; `last` says that the driver does no more.
+
+        What MLflow refuses of one trial does not keep it from having the others; the first refusal is raised last.
+        """
+        results = self._store.results_for(self._plan)
+        refused: Exception | None = None
+        try:
+            parent = self._parent_run(api)
+            for trial, record in self._begun(results):
+                if self._state.reached.get(self._key(trial)) == reached(record):
+                    continue
+                try:
+                    self._send_trial(api, parent, trial, record)
+                except Exception as error:
+                    if not answered(error):
+                        raise
+                    refused = refused or error
+                self._state.save(now=False)
+            self._send_parent(api, parent, results, last=last, everything=everything)
+        finally:
+            self._state.save(now=True)
+        if refused is not None:
+            raise refused
+
+    def _key(self, trial: PlannedTrial) -> str:
+        return self._keys[trial.variant, trial.seed]
+
+    def _begun(self, results: StudyResults) -> list[tuple[PlannedTrial, TrialRecord]]:
+        """Return the trials that have a record, also those of later looks that another study has computed."""
+        pairs = [(trial, results.records[trial.trial_id]) for trial in self._plan.trials]
+        return [(trial, record) for trial, record in pairs if record.state != "pending"]
+
+    # Trials
+
+    def _send_trial(self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
+        key = self._key(trial)
+        known = self._running.get(key) == record.attempts
+        feed = self._feeds.setdefault(key, Feed(self._store, trial.trial_id))
+        points, marks = feed.points(self._state.watermarks.get(key, [0, 0]))
+        if not points and record.state == "running" and known:
+            return
+        over = record.state in _OVER
+        points = [*points, *(final_points(trial, record) if over else [])]
+        try:
+            self._log_trial(api, parent, trial, record, points, told=over or not known)
+        except Exception as error:
+            if not answered(error) or key not in self._state.runs:
+                raise
+            if not api.revive(self._state.runs[key]):  # the run is gone for good: all of it goes to a new one
+                self._state.forget(key)
+                self._feeds[key] = feed = Feed(self._store, trial.trial_id)
+                points, marks = feed.points([0, 0])
+                points = [*points, *(final_points(trial, record) if over else [])]
+                self._listed = None
+            self._log_trial(api, parent, trial, record, points, told=True)
+        run = self._state.runs[key]
+        self._state.watermarks[key], self._state.changed = marks, True
+        feed.sent()
+        if over:
+            self._keep_files(api, run, trial.trial_id)
+            api.set_over(run, STATUS[record.state], end_time=ended_at(record) or self._last_time(trial))
+            self._state.reached[key] = reached(record)
+            self._running.pop(key, None)
+            del self._feeds[key]
+        else:
+            if not known:
+                api.set_running(run)
+            self._state.reached.pop(key, None)
+            self._running[key] = record.attempts
+
+    def _log_trial(
+        self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord, points: Sequence[Any], *, told: bool
+    ) -> None:
+        key, began_at = self._key(trial), self._first_time(trial)
+        run = self._trial_run(api, parent, trial, began_at)
+        params = self._params(trial) if key in self._without_params else {}
+        tags = trial_tags(trial, record, began_at=began_at) if told else {}
+        api.log(run, points=points, params=params, tags=tags)
+        self._without_params.discard(key)
+        if told:
+            api.drop_tags(run, [name for name in PASSING_TAGS if name not in tags])
+
+    def _keep_files(self, api: Api, run: str, trial_id: str) -> None:
+        """Keep the files of the record, and last the manifest, by which a copy is known to be whole."""
+        folder = self._store.trial_dir(trial_id)
+        manifest = record_files.manifest("trial", folder)
+        for name in manifest["files"]:
+            within = name.rpartition("/")[0]
+            with suppress(FileNotFoundError):  # renamed by an attempt that has just begun, which is sent later
+                api.log_file(run, folder / name, within or None)
+        api.log_dict(run, manifest, record_files.MANIFEST)
+
+    def _params(self, trial: PlannedTrial) -> dict[str, Any]:
+        spec = self._plan.specs[trial.trial_id]
+        return {**flatten(scientific(spec.config)), "seed": spec.seed}
+
+    def _first_time(self, trial: PlannedTrial) -> str:
+        """Return when a trial began, "" where no event says so: with its id, what tells its record from others."""
+        events = self._store.events(trial.trial_id)
+        return events[0].time if events else ""
+
+    def _last_time(self, trial: PlannedTrial) -> int | None:
+        events = self._store.events(trial.trial_id)
+        return milliseconds(events[-1].time) if events else None
+
+    # The plan
+
+    def _send_parent(self, api: Api, run: str, results: StudyResults, *, last: bool, everything: bool) -> None:
+        now = study_reached(results, self._ref, over=last)
+        if self._state.reached.get(_PARENT) == now and not (everything and self._last_run_is_new()):
+            return
+        stamps, status = study_stamps(self._ref), now[0]
+        tags = {f"verdict.{verdict.claim}": verdict.verdict for verdict in results.verdicts}
+        api.log(run, tags={**tags, "state": status.lower()})
+        before = self._state.reached.get(_PARENT)
+        sent = before[2] if isinstance(before, list) and len(before) == len(now) else {}  # an earlier version kept less
+        manifest = record_files.manifest("study", self._ref.path)
+        for name in manifest["files"]:
+            if name == LAST_RUN or sent.get(name) != stamps.get(name):
+                api.log_file(run, self._ref.path / name)
+        for path in report_files(self._ref):
+            api.log_file(run, path)
+        api.log_dict(run, manifest, record_files.MANIFEST)
+        if status == "RUNNING":
+            api.set_running(run)
+        else:
+            api.set_over(run, status, end_time=None)
+        self._state.reached |= {_PARENT: now, _LAST_RUN: stamps.get(LAST_RUN)}
+        self._state.changed = True
+
+    def _last_run_is_new(self) -> bool:
+        return study_stamps(self._ref).get(LAST_RUN) != self._state.reached.get(_LAST_RUN)
+
+    # Runs
+
+    def _parent_run(self, api: Api) -> str:
+        state = self._state
+        if state.parent_run_id is not None and not self._trusted and not api.revive(state.parent_run_id):
+            state.forget_all()  # another database answers here than did before
+        self._trusted = True
+        if state.parent_run_id is None:
+            study = self._plan.study
+            state.experiment_id = api.experiment(f"{study.name}/{study.profile}")
+            tags = study_tags(self._plan)
+            registered = {"registered_at": self._ref.registered_at}
+            wanted = {name: tags[name] for name in ("plan_hash", "kind")}
+            run = _same(api.runs(state.experiment_id, wanted), registered)
+            if run is None:
+                # No run of it is there yet, so none of its trials either.
+                run = api.create_run(state.experiment_id, f"plan {self._plan.plan_hash}", tags | registered)
+                self._listed = {}
+            api.log(run, params=study_params(self._plan), tags=registered)
+            state.parent_run_id, state.changed = run, True
+        return state.parent_run_id
+
+    def _trial_run(self, api: Api, parent: str, trial: PlannedTrial, began_at: str) -> str:
+        key, state = self._key(trial), self._state
+        if key not in state.runs:
+            assert state.experiment_id is not None  # it is known since the parent's run is
+            if self._listed is None:
+                self._listed = {}
+                wanted = {"plan_hash": self._plan.plan_hash, "kind": "trial"}
+                for run in api.runs(state.experiment_id, wanted):
+                    self._listed.setdefault(run.data.tags.get("trial_id", ""), []).append(run)
+            found = _same(
+                self._listed.get(trial.trial_id, []),
+                {"variant": trial.variant, "began_at": began_at, "mlflow.parentRunId": parent},
+            )
+            if found is None:
+                listed, self._listed = self._listed, None  # asked for again, should the answer be lost
+                found = api.create_run(
+                    state.experiment_id,
+                    f"{trial.variant} seed {trial.seed}",
+                    {
+                        **study_tags(self._plan),
+                        "kind": "trial",
+                        "trial_id": trial.trial_id,
+                        "variant": trial.variant,
+                        "began_at": began_at,
+                        "mlflow.parentRunId": parent,
+                    },
+                    start_time=milliseconds(began_at) if began_at else None,
+                )
+                self._listed = listed
+            state.runs[key], state.changed = found, True
+            self._without_params.add(key)
+        return state.runs[key]
+
+
+def _same(runs: "list[Run]", tags: dict[str, str]) -> str | None:
+    """Return the first run that has these tags; one that a run has not, or has empty, does not count."""
+    for run in runs:
+        if all(run.data.tags.get(name) in (None, "", value) for name, value in tags.items()):
+            return run.info.run_id
+    return None
