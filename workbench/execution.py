@@ -12,6 +12,7 @@ from types import FrameType
 from workbench import provenance
 from workbench.errors import WorkbenchError
 from workbench.processes import Process
+from workbench.searching import Searching
 from workbench.study import TrialSpec
 from workbench.trial import Trainer, execute
 
@@ -73,6 +74,7 @@ class Job:
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # whether the code of custom parts may run
     trainer: Trainer | None = None  # the detector's code; `core` by default
+    searching: Searching | None = None  # suggests more trials while these run
     driver: Process = field(default_factory=Process.current)
 
 

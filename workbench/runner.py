@@ -23,6 +23,7 @@ from workbench.mlflow_mirror import Mirror
 from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
+from workbench.searching import Searching
 from workbench.spending import spent
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
@@ -72,7 +73,7 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
     with store.lock(ref), _kept(err) as screen:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
-        run = _Run(plan, store, ref, mirror, options=options, err=screen)
+        run = _kind_of_run(plan)(plan, store, ref, mirror, options=options, err=screen)
         with run.stop.listening():
             code = run.looks()
             if run.stop.signal is None:
@@ -84,7 +85,15 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         return run.say_end(code)
 
 
-class _Run:
+def _kind_of_run(plan: Plan) -> "type[Run]":
+    if plan.study.search is None:
+        return Run
+    from workbench.search_runner import SearchRun  # which is a kind of Run
+
+    return SearchRun
+
+
+class Run:
     """One driver's work on one plan."""
 
     def __init__(
@@ -98,6 +107,7 @@ class _Run:
         self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
         self.progress: Progress | None = None
+        self.searching: Searching | None = None  # where configurations are suggested while trials run
 
     def looks(self) -> int:
         """Complete look after look; return the exit code."""
@@ -188,6 +198,7 @@ class _Run:
             address=self.options.address,
             allow_code=self.options.allow_code,
             trainer=self.options.trainer,
+            searching=self.searching,
         )
         if self.options.executor == "inline":
             run_inline(job)
@@ -268,6 +279,10 @@ class _Run:
             self.say(f"GPUs: {names}; profile {study.profile} {used}")
         for warning in self.plan.warnings:
             self.say(f"Warning: {warning}")
+        self._say_pages()
+
+    def _say_pages(self) -> None:
+        """Say where to watch, and get what all trials need."""
         line = commands.mlflow_command(self.mirror.tracking_uri)
         server = self.mirror.tracking_uri.rstrip("/") if line is None else "http://127.0.0.1:5000"
         pages = f"{server}/#/experiments?workflowType=machine_learning"

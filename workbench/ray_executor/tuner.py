@@ -56,7 +56,12 @@ def run_on_ray(job: Job) -> None:
         try:
             job.stop.install()  # Ray has taken SIGTERM, and would abort
             _check_resources(job)
-            _fit(job, folder)
+            if job.searching is None:
+                _fit(job, folder)
+            else:
+                from workbench.ray_executor.search import search  # which builds on this module
+
+                search(job, job.searching, folder)
         finally:
             ray.shutdown()
 

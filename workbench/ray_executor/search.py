@@ -1,0 +1,269 @@
+"""A search under Ray Tune: configurations side by side, and ASHA, which ends the worse ones early.
+
+Tune's searcher here only hands out what `workbench.searching` suggests, which is on record before its trial begins; the
+scheduler is Tune's own ASHA, one for each variant. Neither is the record: a new driver shows ASHA the epochs of earlier
+trials again, from their events, and so goes on where the last one was.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from workbench.execution import Job
+from workbench.ray_executor.tuner import GRACE_SECONDS, _per_trial, _StopWhenAsked, _trial_name
+from workbench.records import TrialRecord
+from workbench.search import Configuration, epoch_scores, expanded, final_score, read, was_stopped, worst_score
+from workbench.searching import Searching
+from workbench.store import STOPPED_FILE, Store
+from workbench.study import Plan
+from workbench.template import AVAILABLE, Template
+from workbench.trial import execute
+
+REDUCTION = 3
+"""Of so many configurations ASHA lets the best go on, at the epochs 1, 3, 9, ..."""
+
+_SCORE, _EPOCH = "score", "epoch"  # what Tune is told of a trial
+_POLL_SECONDS = 0.1
+
+
+def search(job: Job, searching: Searching, folder: Path) -> None:
+    """Try every configuration that is not over; returns when all have ended or a stop was asked."""
+    asha = searching.search.scheduler == "asha"
+    over = {item.trial_id for item in searching.tried() if item.over}
+    known = [item for item in searching.configurations if asha or item.trial_id not in over]
+    num_new = searching.total - len(searching.configurations)
+    forks = AVAILABLE and job.resources.device == "cpu"
+    task = _Task(
+        plan=searching.base,
+        runs=job.runs,
+        logs=folder if forks else None,
+        run=partial(
+            execute, runs=job.runs, device=job.resources.device, driver=job.driver, allow_code=job.allow_code,
+            trainer=job.trainer,
+        ),
+        stop=job.stop.path,
+    )  # fmt: skip
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_Actor, task=task), _per_trial(job)),
+        tune_config=tune.TuneConfig(
+            search_alg=_Source(searching, known, stopping=job.stop.requested),
+            scheduler=_Asha(searching) if asha else FIFOScheduler(),
+            num_samples=len(known) + num_new,
+            max_concurrent_trials=None if job.address else job.resources.concurrency,
+            reuse_actors=forks,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{int(time.time())}-{os.getpid()}",
+            storage_path=str(folder),
+            verbose=0,
+            log_to_file=True,
+            failure_config=tune.FailureConfig(max_failures=searching.base.study.execution.retries),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            stop=_StopSearch(job, searching.folder),
+        ),
+    )
+    tuner.fit()
+
+
+class _Source(Searcher):
+    """Hands out the configurations that are known, then new ones, in the order of their numbers."""
+
+    def __init__(self, searching: Searching, known: list[Configuration], *, stopping: Callable[[], bool]) -> None:
+        super().__init__(metric=_SCORE, mode=searching.search.mode)
+        self._searching, self._waiting, self._stopping = searching, list(known), stopping
+        self._given: dict[str, Configuration] = {}  # by Tune's own id of a trial
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self._stopping():
+            return None
+        found = self._waiting.pop(0) if self._waiting else self._searching.next()
+        if found is None:
+            return None
+        self._given[trial_id] = found
+        return {
+            "variant": found.variant,
+            "number": found.number,
+            "values": found.values,
+            "trial_id": found.trial_id,
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Learn nothing from Tune: the records say it."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - Tune's signature
+        self._searching.save()
+        self._searching.on_end(self._given[trial_id].trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Keep nothing: `search.json` and the records are what a new driver goes on from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """There is nothing to restore."""
+
+
+class _Asha(FIFOScheduler):
+    """Tune's ASHA for each variant by itself: a variant competes with no other one for its budget."""
+
+    def __init__(self, searching: Searching) -> None:
+        super().__init__()
+        self._searching = searching
+        self._of = {
+            name: ASHAScheduler(
+                time_attr=_EPOCH,
+                metric=_SCORE,
+                mode=searching.search.mode,
+                max_t=variant.config.training.epochs,
+                grace_period=1,
+                reduction_factor=REDUCTION,
+            )
+            for name, variant in searching.variants.items()
+        }
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:  # noqa: ARG002 - Tune's signature
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._of[trial.config["variant"]].on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = self._of[trial.config["variant"]].on_trial_result(tune_controller, trial, result)
+        if action == TrialScheduler.STOP and not result.get("done"):
+            self._searching.stop(trial.config["trial_id"], epoch=result[_EPOCH])
+        return action
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self._of[trial.config["variant"]].on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self._of[trial.config["variant"]].on_trial_remove(tune_controller, trial)
+
+    def debug_string(self) -> str:
+        return "\n".join(f"{name}: {scheduler.debug_string()}" for name, scheduler in self._of.items())
+
+
+class _StopSearch(_StopWhenAsked):
+    """Knows the trials from search.json, which grows."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        super().__init__(job)
+        self._folder = folder
+
+    def stop_all(self) -> bool:
+        if self._stop_file.exists():
+            self._trial_ids = [item.trial_id for item in read(self._folder)]
+        return super().stop_all()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What every actor is given: the plan, where forks print (None: no forks), how to run a trial, and a stop file."""
+
+    plan: Plan
+    runs: Path
+    logs: Path | None
+    run: Callable[..., Any]
+    stop: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """Tells a trial that its driver, or ASHA, wants it to end."""
+
+    files: tuple[Path, ...]
+
+    def __call__(self) -> bool:
+        return any(path.exists() for path in self.files)
+
+
+class _Actor(tune.Trainable):
+    """Runs a trial beside itself and tells Tune of each of its epochs, so that ASHA can end it."""
+
+    def setup(self, config: dict[str, Any], *, task: _Task | None = None) -> None:
+        assert task is not None  # always given; Tune's own signature has only the config
+        self._task, self._store = task, Store(task.runs)
+        self._template = Template(log=task.logs / f"slot-{os.getpid()}.log") if task.logs else None
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._leave()
+        self._take(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Return the score of the next epoch; of the last one, that of all pictures at the end."""
+        if not self._begun:
+            self._begin()
+        while True:
+            ended = self._thread is None or not self._thread.is_alive()  # asked before its epochs are read
+            record = self._store.record(self._spec.trial_id)
+            scores = epoch_scores(record, self._spec.config, self._search)
+            last = record.epochs[-1].epoch if record.epochs and record.step == record.total_steps else None
+            if new := [epoch for epoch in scores if epoch > self._told and epoch != last]:
+                self._told = min(new)
+                return {_SCORE: scores[self._told], _EPOCH: self._told}
+            if self._raised:
+                raise self._raised.pop()
+            if ended and record.state != "running":  # it may run under another driver
+                return self._last_word(record)
+            time.sleep(_POLL_SECONDS)
+
+    def cleanup(self) -> None:
+        self._leave()
+        if self._template is not None:
+            self._template.close()
+
+    def _take(self, config: dict[str, Any]) -> None:
+        """Take a configuration on."""
+        configuration = Configuration(**{name: config[name] for name in ("variant", "number", "values", "trial_id")})
+        plan = expanded(self._task.plan, [configuration])
+        assert plan.study.search is not None  # its driver has looked
+        self._search = plan.study.search
+        self._spec = plan.specs[configuration.trial_id]
+        self._trial = next(trial for trial in plan.trials if trial.trial_id == configuration.trial_id)
+        self._stopped = self._store.trial_dir(configuration.trial_id) / STOPPED_FILE
+        self._thread: threading.Thread | None = None
+        self._raised: list[BaseException] = []
+        self._begun, self._told = False, 0
+
+    def _begin(self) -> None:
+        """Start what is left to do; of a trial that this search has stopped before, that is nothing."""
+        self._begun = True
+        if was_stopped(self._store.record(self._spec.trial_id), self._task.plan.plan_hash):
+            return
+        self._stopped.unlink(missing_ok=True)  # of another search
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        work = partial(self._task.run, self._spec, should_stop=_Ended((self._task.stop, self._stopped)))
+        try:
+            if self._template is None:
+                work()
+            else:
+                self._template.run(work)
+        except BaseException as error:  # noqa: BLE001 - `step` raises it where Tune sees it
+            self._raised.append(error)
+
+    def _leave(self) -> None:
+        """Wait until a trial that is asked to end has written its checkpoint."""
+        if self._thread is not None and (self._stopped.exists() or self._task.stop.exists()):
+            self._thread.join(GRACE_SECONDS)
+
+    def _last_word(self, record: TrialRecord) -> dict[str, Any]:
+        """Return the end of a trial; one that failed or was interrupted has no score."""
+        score = final_score(record, self._trial, self._spec.config, self._search)
+        if record.state == "diverged":
+            score = worst_score(self._search)
+        epoch = max(self._told + 1, record.epochs[-1].epoch if record.epochs else 1)
+        return {"done": True, _EPOCH: epoch, **({} if score is None else {_SCORE: score})}
