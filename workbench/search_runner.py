@@ -10,6 +10,7 @@ from workbench.errors import WorkbenchError
 from workbench.labels import METRICS, POINTS
 from workbench.runner import Run
 from workbench.search import Tried
+from workbench.search_report import short
 from workbench.searching import Searching
 from workbench.study import PlannedTrial
 
@@ -69,6 +70,9 @@ class SearchRun(Run):
         self._say_start(1, trials)
         self.mirror.start()
         self._execute(trials)
+        self.tried.update(item.trial_id for item in self.found.configurations)
+        if not self.stop.requested() and not any(item.epochs or item.over for item in self.found.tried()):
+            self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")
 
     def _over(self, trial: PlannedTrial) -> bool:
         return super()._over(trial) or self.found.was_stopped(trial.trial_id)
@@ -94,20 +98,17 @@ class SearchRun(Run):
         """Say what has become of a configuration."""
         tried = self.found.tried()
         item = next(item for item in tried if item.trial_id == trial_id)
-        over = sum(other.over for other in tried)
-        values = ", ".join(f"{key} {_short(value)}" for key, value in item.values.items())
-        line = f"{item.variant} {item.number}: {_fate(item, self.found.search.metric)}; {values} "
+        over = sum(other.over or other.trial_id in self.found.ending for other in tried)
+        values = ", ".join(f"{key} {short(value)}" for key, value in item.values.items())
+        fate = _fate(item, self.found.search.metric, ending=trial_id in self.found.ending)
+        line = f"{item.variant} {item.number}: {fate}; {values} "
         self._announce_stop(f"{line}({over} of {self.found.total} over)")
 
 
-def _fate(item: Tried, metric: str) -> str:
+def _fate(item: Tried, metric: str, *, ending: bool) -> str:
     label = METRICS.get(metric, metric)
     if item.score is not None:
         return f"{label} {POINTS * item.score:.1f}"
-    if item.stopped and item.last_score is not None:
+    if (item.stopped or ending) and item.last_score is not None:
         return f"stopped at epoch {item.epochs}, {label} {POINTS * item.last_score:.1f}"
     return item.state
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

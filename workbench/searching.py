@@ -49,6 +49,7 @@ class Searching:
         self.search: Search = plan.study.search
         self.store = store
         self.on_end: Callable[[str], None] = _nobody  # told the trial of a configuration that is over
+        self.ending: set[str] = set()  # trials that this driver has stopped early
         self.folder = ref.path
         self.base = plan
         self.variants = {variant.name: variant for variant in own_variants(plan)}
@@ -144,6 +145,7 @@ class Searching:
         """Put on record that a trial is not worth going on with; its worker sees it and ends."""
         record = self.store.record(trial_id)
         if record.state == "running":
+            self.ending.add(trial_id)
             durable.write_json(
                 self.store.trial_dir(trial_id) / STOPPED_FILE,
                 {"attempt": record.attempts, "reason": STOPPED, "plan": self.base.plan_hash, "epoch": epoch},

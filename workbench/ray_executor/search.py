@@ -76,17 +76,27 @@ def search(job: Job, searching: Searching, folder: Path) -> None:
     tuner.fit()
 
 
-class _Source(Searcher):
+class _Unkept:
+    """Tune pickles what it is given, to restore it some day, which never happens here."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Source(_Unkept, Searcher):
     """Hands out the configurations that are known, then new ones, in the order of their numbers."""
 
     def __init__(self, searching: Searching, known: list[Configuration], *, stopping: Callable[[], bool]) -> None:
         super().__init__(metric=_SCORE, mode=searching.search.mode)
         self._searching, self._waiting, self._stopping = searching, list(known), stopping
         self._given: dict[str, Configuration] = {}  # by Tune's own id of a trial
+        self._has_begun = self._hopeless = False
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._stopping():
             return None
+        if self._hopeless:
+            return Searcher.FINISHED
         found = self._waiting.pop(0) if self._waiting else self._searching.next()
         if found is None:
             return None
@@ -102,8 +112,11 @@ class _Source(Searcher):
         """Learn nothing from Tune: the records say it."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - Tune's signature
+        ended = self._given[trial_id].trial_id
         self._searching.save()
-        self._searching.on_end(self._given[trial_id].trial_id)
+        self._searching.on_end(ended)
+        self._has_begun |= self._searching.store.record(ended).step > 0
+        self._hopeless |= not self._has_begun  # the others would fail as well
 
     def save(self, checkpoint_path: str) -> None:
         """Keep nothing: `search.json` and the records are what a new driver goes on from."""
@@ -112,7 +125,7 @@ class _Source(Searcher):
         """There is nothing to restore."""
 
 
-class _Asha(FIFOScheduler):
+class _Asha(_Unkept, FIFOScheduler):
     """Tune's ASHA for each variant by itself: a variant competes with no other one for its budget."""
 
     def __init__(self, searching: Searching) -> None:
