@@ -10,7 +10,7 @@ from workbench.differences import differences
 from workbench.evidence import gather
 from workbench.labels import POINTS
 from workbench.records import StudyResults
-from workbench.search import outcomes
+from workbench.search import outcomes, own_variants
 from workbench.study import FEWEST_SEEDS, Look
 
 DONE = ("finished", "diverged")
@@ -33,7 +33,7 @@ def describe(results: StudyResults, *, explain: bool = False) -> dict[str, Any]:
         "baseline": study.baseline,
         "variants": [
             {"name": variant.name, "why": variant.why, "differences": differences(baseline.config, variant.config)}
-            for variant in study.variants
+            for variant in own_variants(plan)
         ],
         "looks": [_look(results, look) for look in study.looks],
         "trials": [
@@ -125,20 +125,14 @@ def as_text(described: dict[str, Any]) -> str:
         counts = f"{look['trials']} trials, {look['finished']} of them finished"
         lines.append(f"look {number}: {look['seeds']} seeds, alpha {look['alpha']:g}: {counts}")
     if "search" in described:
-        search, over = (
-            described["search"],
-            ", ".join(f"{n} of {name}" for name, n in described["search"]["over"].items()),
-        )
+        search = described["search"]
+        over = ", ".join(f"{count} of {name}" for name, count in search["over"].items())
         lines.append(
             f"search ({search['method']}, {search['scheduler']}): {search['configurations']} configurations for each "
             f"variant by {search['metric']}; over: {over}"
         )
-    lines += [
-        _cost(described["cost"], what="the search" if "search" in described else "look 1"),
-        "",
-        *_variants(described),
-        "",
-    ]
+    what = "the search" if "search" in described else "look 1"
+    lines += [_cost(described["cost"], what=what), "", *_variants(described), ""]
     for number, look in enumerate(described["looks"], start=1):
         if look["reachable"]:
             lines += [*_reach(number, look["reachable"]), ""]

@@ -91,7 +91,7 @@ def trial_files(store: Store, trial: PlannedTrial) -> list[tuple[Path, str | Non
 
 def study_files(ref: StudyRef) -> list[Path]:
     """Return the files of a study to keep as artifacts."""
-    names = ("plan.json", "study.yaml", "verdicts.json")
+    names = ("plan.json", "study.yaml", "verdicts.json", "search.json")
     return [path for path in sorted(ref.path.glob("*")) if path.name.startswith("report") or path.name in names]
 
 
@@ -126,6 +126,7 @@ def trial_tags(trial: PlannedTrial, record: TrialRecord) -> dict[str, Any]:
         "attempts": record.attempts,
         **({"outcome": record.result["outcome"]} if record.result else {}),
         **({"error": record.error["message"]} if record.error else {}),
+        **({"reason": record.stopped["reason"]} if record.stopped else {}),
     }
 
 
@@ -143,7 +144,8 @@ def reached(record: TrialRecord) -> list[Any]:
 def study_reached(results: StudyResults, *, over: bool) -> list[Any]:
     """Return the status of a plan's run, and the verdicts that it shows; `over` says that its driver does no more."""
     verdicts = [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]
-    states = {results.records[trial.trial_id].state for trial in started(results)}
+    records = [results.records[trial.trial_id] for trial in started(results)]
+    states = {"finished" if record.stopped else record.state for record in records}
     if not over:
         return ["RUNNING", verdicts]
     if states <= {"finished", "diverged"}:

@@ -145,6 +145,7 @@ class Mirror:
     def send(self, client: "MlflowClient", *, last: bool) -> None:
         """Send what MLflow has not got; `last` says that the driver does no more."""
         results = self._store.results_for(self._plan)
+        self._plan = results.plan  # of a search, it grows
         try:
             parent = self._parent_run(client)
             for trial in started(results):

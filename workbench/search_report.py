@@ -65,9 +65,9 @@ def _best(search: Search, found: dict[str, Outcome], results: StudyResults) -> T
     scheduler = {"fifo": "all trained to the end", "asha": "Ray Tune's ASHA ended the worse ones early"}
     epochs = {variant.config.training.epochs for variant in results.plan.study.variants}
     caption = (
-        f"{label} in points on the {SPLIT} split, seed {SEARCH_SEED} for all; {search.configurations} configurations of "
-        f"up to {' or '.join(map(str, sorted(epochs)))} epochs for each variant, suggested by {method}, the first its "
-        f"own settings; {scheduler[search.scheduler]}."
+        f"{label} in points on the {SPLIT} split, seed {SEARCH_SEED} for all; {search.configurations} configurations "
+        f"of up to {' or '.join(map(str, sorted(epochs)))} epochs for each variant, suggested by {method}, the first "
+        f"its own settings; {scheduler[search.scheduler]}."
     )
     header = ("Best of", "Settings", label, "Own", "Median / worst", "Over (stopped)", "Epochs")
     return Table(title="Best configurations", header=header, rows=rows, caption=caption, left=2)
@@ -110,11 +110,17 @@ def _rank(item: Tried, search: Search) -> tuple[Any, ...]:
 def _settings(item: Tried | None) -> str:
     if item is None:
         return "-"
-    return ", ".join(f"{key} {short(value)}" for key, value in item.values.items())
+    return told(item.values)
 
 
-def short(value: Any) -> str:
-    """Return a value with four digits."""
+def told(values: dict[str, Any]) -> str:
+    """Return the values of a configuration in one line; a key by its last part, where no other one has the same."""
+    last = {key: key.rpartition(".")[2] for key in values}
+    names = {key: name if [*last.values()].count(name) == 1 else key for key, name in last.items()}
+    return ", ".join(f"{names[key]} {_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -10,7 +10,7 @@ from workbench.errors import WorkbenchError
 from workbench.labels import METRICS, POINTS
 from workbench.runner import Run
 from workbench.search import Tried
-from workbench.search_report import short
+from workbench.search_report import told
 from workbench.searching import Searching
 from workbench.study import PlannedTrial
 
@@ -99,9 +99,8 @@ class SearchRun(Run):
         tried = self.found.tried()
         item = next(item for item in tried if item.trial_id == trial_id)
         over = sum(other.over or other.trial_id in self.found.ending for other in tried)
-        values = ", ".join(f"{key} {short(value)}" for key, value in item.values.items())
         fate = _fate(item, self.found.search.metric, ending=trial_id in self.found.ending)
-        line = f"{item.variant} {item.number}: {fate}; {values} "
+        line = f"{item.variant} {item.number}: {fate}; {told(item.values)} "
         self._announce_stop(f"{line}({over} of {self.found.total} over)")
 
 

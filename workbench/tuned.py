@@ -63,13 +63,16 @@ class TunedFile:
     def __init__(self, study: Document, named: str, problems: Problems) -> None:
         self._study, self._named, self._problems = study, named, problems
         path = Path(study.source).parent / named
-        if path.is_file():
-            self._document = yaml12.read_file(path, problems)
-            self._hash = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            self._document, self._hash = Document(source=str(path), value=None), ""
-            text = f"{path}: no such file; a search writes it: report SEARCH_STUDY --format tuned --out {path}"
+        self._document, self._hash = Document(source=str(path), value=None), ""
+        try:
+            with path.open("rb") as file:
+                self._hash = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            remedy = f"a search writes it: report SEARCH_STUDY --format tuned --out {path}"
+            text = f"{path}: cannot be read ({error.strerror}); {remedy}"
             problems.add(study.value_place(("tuned",)), "tuned", text)
+        else:
+            self._document = yaml12.read_file(path, problems)
         self._file, wrong = read_part(TunedPart, self._document, problems, stand_in=_UNREAD)
         self._sound = not wrong and self._document.value is not None
 

@@ -92,7 +92,7 @@ class _Source(_Unkept, Searcher):
         self._given: dict[str, Configuration] = {}  # by Tune's own id of a trial
         self._has_begun = self._hopeless = False
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         if self._stopping():
             return None
         if self._hopeless:
