@@ -79,7 +79,7 @@ def test_nothing_is_computed_twice(plan, run, tmp_path):
     """The same command goes on after a failure with the same configurations; once complete it trains nothing."""
     searched = plan(method="optuna")
     marker = tmp_path / "struck"
-    code, said, _ = run(searched, RatedTrainer(poisons=(Poison(kind="raise", step=6, marker=marker),)))
+    code, said, _ = run(searched, RatedTrainer(poisons=(Poison(kind="oom", step=6, marker=marker),)))
     assert (code, "Failed trials are tried again" in said) == (1, True)
     before = found(tmp_path, searched)
     code, _, steps = run(searched)

@@ -205,11 +205,12 @@ class _Actor(tune.Trainable):
     def setup(self, config: dict[str, Any], *, task: _Task | None = None) -> None:
         assert task is not None  # always given; Tune's own signature has only the config
         self._task, self._store = task, Store(task.runs)
-        self._template = Template(log=task.logs / f"slot-{os.getpid()}.log") if task.logs else None
+        self._template: Template | None = None  # which takes seconds to make, and what is only told again needs none
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._leave()
+        if not self._left():
+            return False  # by which Tune gives the next trial to a new actor
         self._take(new_config)
         return True
 
@@ -232,7 +233,7 @@ class _Actor(tune.Trainable):
             time.sleep(_POLL_SECONDS)
 
     def cleanup(self) -> None:
-        self._leave()
+        self._left()
         if self._template is not None:
             self._template.close()
 
@@ -261,17 +262,19 @@ class _Actor(tune.Trainable):
     def _work(self) -> None:
         work = partial(self._task.run, self._spec, should_stop=_Ended((self._task.stop, self._stopped)))
         try:
-            if self._template is None:
+            if self._task.logs is None:
                 work()
             else:
+                self._template = self._template or Template(log=self._task.logs / f"slot-{os.getpid()}.log")
                 self._template.run(work)
         except BaseException as error:  # noqa: BLE001 - `step` raises it where Tune sees it
             self._raised.append(error)
 
-    def _leave(self) -> None:
-        """Wait until a trial that is asked to end has written its checkpoint."""
+    def _left(self) -> bool:
+        """Wait until a trial that is told to end has written its checkpoint; return whether none is at work."""
         if self._thread is not None and (self._stopped.exists() or self._task.stop.exists()):
             self._thread.join(GRACE_SECONDS)
+        return self._thread is None or not self._thread.is_alive()
 
     def _last_word(self, record: TrialRecord) -> dict[str, Any]:
         """Return the end of a trial; one that failed or was interrupted has no score."""
