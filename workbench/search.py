@@ -13,9 +13,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
 
+from pydantic import ValidationError
+
 from core.config import ExperimentConfig
 from core.parts import flatten
 from workbench import durable
+from workbench.errors import StoreError
 from workbench.plan import evaluations_of
 from workbench.records import StudyResults, TrialRecord
 from workbench.study import SEARCH_SEED, Plan, PlannedTrial, Search, Value, Variant
@@ -82,12 +85,28 @@ class Outcome:
 
 
 def read(folder: Path) -> list[Configuration]:
-    """Return the configurations on record in a study's folder."""
+    """Return the configurations on record in a study's folder.
+
+    Raises:
+        StoreError: the record is not one of configurations.
+    """
     plain = durable.read_json(folder / FILE) or {"configurations": []}
-    return [
-        Configuration(**{key: row[key] for key in ("variant", "number", "values", "trial_id")})
-        for row in plain["configurations"]
-    ]
+    try:
+        rows = [
+            Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
+            for row in plain["configurations"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder / FILE) from error
+    for row in rows:
+        kinds = ((row.variant, str), (row.number, int), (row.values, dict), (row.trial_id, str))
+        if not all(isinstance(value, kind) for value, kind in kinds):
+            raise _damaged(folder / FILE)
+    return rows
+
+
+def _damaged(what: object) -> StoreError:
+    return StoreError(f"{what} is damaged: remove it, and the same command writes it anew")
 
 
 def own_variants(plan: Plan) -> tuple[Variant, ...]:
@@ -96,7 +115,11 @@ def own_variants(plan: Plan) -> tuple[Variant, ...]:
 
 
 def expanded(plan: Plan, configurations: list[Configuration]) -> Plan:
-    """Return the plan of a search with a variant and a trial for each configuration, those that it has and these."""
+    """Return the plan of a search with a variant and a trial for each configuration, those that it has and these.
+
+    Raises:
+        StoreError: a configuration on record is not one of its variant.
+    """
     own = {variant.name: variant for variant in own_variants(plan)}
     first = {trial.variant: trial for trial in plan.trials if trial.variant in own}
     variants, trials, specs = list(plan.study.variants), list(plan.trials), dict(plan.specs)
@@ -104,7 +127,10 @@ def expanded(plan: Plan, configurations: list[Configuration]) -> Plan:
         if item.variant not in own or item.trial_id in specs:
             continue
         variant, like = own[item.variant], plan.specs[first[item.variant].trial_id]
-        config = with_values(variant.config, item.values)
+        try:
+            config = with_values(variant.config, item.values)
+        except (ValidationError, KeyError, TypeError) as error:
+            raise _damaged(f"{FILE} of {plan.study.name} ({item.name})") from error
         evaluations, ids = evaluations_of(config)
         why = f"configuration {item.number} of {item.variant}"
         overrides = variant.overrides | item.values

@@ -332,8 +332,9 @@ def _stopped(folder: Path, tried: tuple[attempts.Attempt, ...]) -> dict[str, Any
     """Return why a search ended the last attempt early, if that is how it ended."""
     plain = durable.read_json(folder / STOPPED_FILE)
     last = tried[-1] if tried else None
-    stopped = plain is not None and last and last.outcome == "interrupted" and plain.get("attempt") == last.number
-    return plain if stopped else None
+    if plain is None or last is None or not isinstance(plain.get("reason"), str):
+        return None
+    return plain if last.outcome == "interrupted" and plain.get("attempt") == last.number else None
 
 
 def _verdict_from_json(plain: dict[str, Any]) -> Verdict:

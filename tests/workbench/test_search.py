@@ -11,7 +11,7 @@ from toys import Poison, executed
 
 from dashboard import load
 from workbench import attempts, durable, forecast, report, status, suggestions
-from workbench.errors import WorkbenchError
+from workbench.errors import StoreError, WorkbenchError
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
 from workbench.search import at_border, outcomes
@@ -226,6 +226,29 @@ def test_reason_belongs_to_one_attempt(tmp_path, plan):
             durable.write_json(folder / STOPPED_FILE, {"attempt": 1, "reason": "stopped by the search", "plan": "x"})
             assert store.record(trial.trial_id).stopped is not None
     assert store.record(trial.trial_id).stopped is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"configurations": 3},
+        {"configurations": [3]},
+        {"configurations": [{"variant": "plain"}]},
+        {"configurations": [{"variant": [], "number": 1, "values": {}, "trial_id": "x"}]},
+        {"configurations": [{"variant": "plain", "number": 1, "values": {"training.lr": "x"}, "trial_id": "x"}]},
+        {"configurations": [{"variant": "plain", "number": 1, "values": {"training.lrr.x": 1}, "trial_id": "x"}]},
+    ],
+)
+def test_damaged_search_file_is_named(content, plan, tmp_path):
+    """A search.json that nobody here wrote is an error that says what to do, and the dashboard shows it."""
+    searched, store = plan(), Store(tmp_path / "runs")
+    ref = store.register(searched, source="")
+    durable.write_json(ref.path / "search.json", content)
+    with pytest.raises(StoreError, match="is damaged: remove it"):
+        store.results(ref)
+    (entry,) = load.entries(tmp_path / "runs")
+    assert (entry.results, "is damaged" in entry.problem) == (None, True)
 
 
 def _search(**dimension):
