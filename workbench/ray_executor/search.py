@@ -26,7 +26,7 @@ from workbench.searching import Searching
 from workbench.store import STOPPED_FILE, Store
 from workbench.study import Plan
 from workbench.template import AVAILABLE, Template
-from workbench.trial import execute
+from workbench.trial import complete, execute
 
 REDUCTION = 3
 """Of so many configurations ASHA lets the best go on, at the epochs 1, 3, 9, ..."""
@@ -251,9 +251,10 @@ class _Actor(tune.Trainable):
         self._begun, self._told = False, 0
 
     def _begin(self) -> None:
-        """Start what is left to do; of a trial that this search has stopped before, that is nothing."""
+        """Start what is left to do; of a trial that is over, or that this search has stopped before, that is nothing."""
         self._begun = True
-        if was_stopped(self._store.record(self._spec.trial_id), self._task.plan.plan_hash):
+        record = self._store.record(self._spec.trial_id)
+        if complete(record, self._spec) or was_stopped(record, self._task.plan.plan_hash):
             return
         self._stopped.unlink(missing_ok=True)  # of another search
         self._thread = threading.Thread(target=self._work, daemon=True)
