@@ -243,7 +243,7 @@ def failures(runs: Path, results: StudyResults) -> tuple[Failure, ...]:
     for trial in results.asked_for():
         record = results.records[trial.trial_id]
         if record.state in ("failed", "diverged", "interrupted"):
-            told = record.error or record.result or {}
+            told = record.error or record.result or record.stopped or {}
             found.append(
                 Failure(
                     trial=f"{trial.variant} seed {trial.seed}",

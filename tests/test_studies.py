@@ -173,6 +173,16 @@ def _kinds(model):
     return model.queries.kind, model.encoder.attention.kind, model.decoder.attention.kind
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("searches/*.yaml")), ids=lambda path: path.stem)
+def test_search_is_valid_at_every_scale(path, profile):
+    """Each shipped search loads at every profile, scores on tune, and claims nothing."""
+    study = load_study(path, Selection(profile=profile))
+    assert study.search is not None
+    assert {variant.config.data.split for variant in study.variants} == {"tune"}
+    assert (study.claims, study.gives_verdicts) == ((), False)
+
+
 def test_refinement_study_varies_the_gradient_and_nothing_else():
     """Its variants differ from the baseline in the two refinement keys only, at every scale."""
     for profile in PROFILES:

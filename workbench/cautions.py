@@ -13,9 +13,11 @@ LARGEST_VALID_SIDE = 0.99
 def cautions(study: Study) -> Iterator[str]:
     """Yield the warnings of a study."""
     last = study.looks[-1].seeds
-    if not study.gives_verdicts:
+    if study.search is not None or study.tuned is not None:
+        yield from _of_search(study)
+    if study.search is None and not study.gives_verdicts:
         yield f"profile {study.profile} tests the plumbing: it never gives a verdict"
-    elif last < FEWEST_SEEDS:
+    elif study.search is None and last < FEWEST_SEEDS:
         yield f"{last} seeds cannot reach a verdict: {FEWEST_SEEDS} or more are needed (--seeds {FEWEST_SEEDS})"
     for claim in study.claims:
         if claim.missing:
@@ -26,6 +28,18 @@ def cautions(study: Study) -> Iterator[str]:
     for is_odd, text in _ODD:
         if names := [variant.name for variant in study.variants if is_odd(variant.config)]:
             yield text.format(", ".join(names))
+
+
+def _of_search(study: Study) -> Iterator[str]:
+    """Yield what to know of a search, and of settings that came from one."""
+    if study.search is not None:
+        yield "a search claims nothing: its result is for a study that names it under tuned"
+    if study.tuned is None:
+        return
+    if study.tuned.profile != study.profile:
+        yield f"the settings of {study.tuned.path} were chosen at profile {study.tuned.profile}, not {study.profile}"
+    if any(variant.config.data.split == "tune" for variant in study.variants):
+        yield f"scored on the split on which the settings of {study.tuned.path} were chosen: leave data.split at val"
 
 
 def _is_random_and_frozen(config: ExperimentConfig) -> bool:

@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _json_option(status)
 
     report = _command(commands, "report", _report, "the verdicts with their evidence", [selection, runs])
-    report.add_argument("--format", choices=("text", "md", "html", "latex"), default="text")
+    report.add_argument("--format", choices=("text", "md", "html", "latex", "tuned"), default="text")
     report.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
 
     _evaluate_options(commands)

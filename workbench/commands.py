@@ -42,6 +42,10 @@ def next_run(results: StudyResults) -> tuple[str, str] | None:
     states = Counter(results.records[trial.trial_id].state for trial in results.asked_for())
     if states["running"]:
         return None
+    if study.search is not None:
+        from workbench.search_report import next_step  # which takes its lines from here
+
+        return next_step(results)
     if states["failed"]:
         return "Trials failed. Read their errors; this line then tries them once more:", command(results)
     if states["interrupted"]:

@@ -14,6 +14,7 @@ from workbench import provenance
 from workbench.errors import WorkbenchError
 from workbench.processes import Process
 from workbench.retrying import canary_says, try_again
+from workbench.searching import Searching
 from workbench.store import Store
 from workbench.study import Execution, TrialSpec
 from workbench.trainers import Trainer
@@ -120,6 +121,7 @@ class Job:
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # whether the code of custom parts may run
     trainer: Trainer | None = None  # the detector's code; `core` by default
+    searching: Searching | None = None  # suggests more trials while these run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

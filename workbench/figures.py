@@ -45,7 +45,8 @@ def of_report(results: StudyResults) -> dict[str, Figure]:
     with mpl.rc_context(_STYLE):
         if any(verdict.differences for verdict in results.verdicts):
             figures["forest"] = forest(results.verdicts)
-        if any(record.epochs for record in results.records.values()):
+        searches = results.plan.study.search is not None  # whose curves are too many to tell apart
+        if not searches and any(record.epochs for record in results.records.values()):
             figures["curves"] = learning_curves(results)
     return figures
 

@@ -1,6 +1,7 @@
 """What a plan needs and what it can show, before it runs: the output of `python -m workbench plan`."""
 
 import json
+from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
@@ -9,6 +10,7 @@ from workbench.differences import differences
 from workbench.evidence import gather
 from workbench.labels import POINTS
 from workbench.records import StudyResults
+from workbench.search import outcomes, own_variants
 from workbench.study import FEWEST_SEEDS, Look
 
 DONE = ("finished", "diverged")
@@ -31,7 +33,7 @@ def describe(results: StudyResults, *, explain: bool = False) -> dict[str, Any]:
         "baseline": study.baseline,
         "variants": [
             {"name": variant.name, "why": variant.why, "differences": differences(baseline.config, variant.config)}
-            for variant in study.variants
+            for variant in own_variants(plan)
         ],
         "looks": [_look(results, look) for look in study.looks],
         "trials": [
@@ -49,12 +51,30 @@ def describe(results: StudyResults, *, explain: bool = False) -> dict[str, Any]:
         },
         "warnings": list(plan.warnings),
     }
+    if study.search is not None:
+        described |= _of_search(results, seconds)
     if explain:
         described["settings"] = {
             name: {key: {"value": value, "set_by": where} for key, (value, where) in keys.items()}
             for name, keys in study.layers.items()
         }
     return described
+
+
+def _of_search(results: StudyResults, seconds: list[float]) -> dict[str, Any]:
+    """Return what differs for a search: no look, and trials that are not known before they are suggested."""
+    search = results.plan.study.search
+    assert search is not None  # the caller has looked
+    found = outcomes(results)
+    left = sum(search.configurations - outcome.over for outcome in found.values())
+    return {
+        "looks": [],
+        "search": {**asdict(search), "over": {name: outcome.over for name, outcome in found.items()}},
+        "cost": {
+            "seconds_per_trial": fmean(seconds) if seconds else None,
+            "seconds_to_first_look": fmean(seconds) * left if seconds else None,
+        },
+    }
 
 
 def _done(results: StudyResults, trial_id: str) -> bool:
@@ -104,7 +124,15 @@ def as_text(described: dict[str, Any]) -> str:
     for number, look in enumerate(described["looks"], start=1):
         counts = f"{look['trials']} trials, {look['finished']} of them finished"
         lines.append(f"look {number}: {look['seeds']} seeds, alpha {look['alpha']:g}: {counts}")
-    lines += [_cost(described["cost"]), "", *_variants(described), ""]
+    if "search" in described:
+        search = described["search"]
+        over = ", ".join(f"{count} of {name}" for name, count in search["over"].items())
+        lines.append(
+            f"search ({search['method']}, {search['scheduler']}): {search['configurations']} configurations for each "
+            f"variant by {search['metric']}; over: {over}"
+        )
+    what = "the search" if "search" in described else "look 1"
+    lines += [_cost(described["cost"], what=what), "", *_variants(described), ""]
     for number, look in enumerate(described["looks"], start=1):
         if look["reachable"]:
             lines += [*_reach(number, look["reachable"]), ""]
@@ -113,11 +141,11 @@ def as_text(described: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cost(cost: dict[str, Any]) -> str:
+def _cost(cost: dict[str, Any], *, what: str) -> str:
     if cost["seconds_per_trial"] is None:
         return "time: not known before a trial has finished"
     per_trial, to_go = cost["seconds_per_trial"], cost["seconds_to_first_look"]
-    rest = f"{to_go / 60:.0f} min of trial time to the end of look 1" if to_go else "look 1 is complete"
+    rest = f"{to_go / 60:.0f} min of trial time to the end of {what}" if to_go else f"{what} is complete"
     return f"time: {per_trial:.0f} s a trial so far; {rest}"
 
 

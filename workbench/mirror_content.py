@@ -124,6 +124,7 @@ def trial_tags(trial: PlannedTrial, record: TrialRecord, *, began_at: str) -> di
         "attempts": record.attempts,
         **({"outcome": record.result["outcome"]} if record.result else {}),
         **({"error": record.error["message"]} if record.error else {}),
+        **({"reason": record.stopped["reason"]} if record.stopped else {}),
     }
 
 
@@ -164,7 +165,8 @@ def study_reached(results: StudyResults, ref: StudyRef, *, over: bool) -> list[A
     """
     verdicts = [[verdict.claim, verdict.verdict, verdict.n_pairs] for verdict in results.verdicts]
     files = {name: stamp for name, stamp in study_stamps(ref).items() if name != LAST_RUN}
-    states = {results.records[trial.trial_id].state for trial in started(results)}
+    records = [results.records[trial.trial_id] for trial in started(results)]
+    states = {"finished" if record.stopped else record.state for record in records}
     if not over:
         return ["RUNNING", verdicts, files]
     if states <= {"finished", "diverged"}:

@@ -21,7 +21,21 @@ from core.data.fingerprint import DataProblem, fingerprint, inspect_folder
 from core.parts import scientific
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
-from workbench.study import Claim, Execution, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
+from workbench.study import (
+    Claim,
+    Dimension,
+    Execution,
+    Look,
+    Parameters,
+    Plan,
+    PlannedTrial,
+    Search,
+    Study,
+    Term,
+    TrialSpec,
+    Tuned,
+    Variant,
+)
 from workbench.user_code import sources
 
 FORMAT = 1
@@ -43,7 +57,8 @@ def make_plan(study: Study, *, pictures_needed: bool = False) -> Plan:
     specs: dict[str, TrialSpec] = {}
     for seed in study.seeds:
         for variant in study.variants:
-            spec, evaluations = _spec(variant.config, seed, fingerprints[variant.name], code[variant.name])
+            pictures = fingerprints[variant.name]
+            spec, evaluations = trial_spec(variant.config, seed=seed, pictures=pictures, code=code[variant.name])
             # Variants that differ in their evaluation only share their trials, which are watched as the first one says.
             specs.setdefault(spec.trial_id, spec).evaluations.update(spec.evaluations)
             trial = PlannedTrial(variant=variant.name, seed=seed, trial_id=spec.trial_id, evaluations=evaluations)
@@ -56,6 +71,8 @@ def make_plan(study: Study, *, pictures_needed: bool = False) -> Plan:
         "looks": [asdict(look) for look in study.looks],
         "trials": [(trial.variant, trial.trial_id, trial.evaluations) for trial in trials],
     }
+    if study.search is not None:
+        identity["search"] = asdict(study.search)
     plan_hash = _hash(identity, PLAN_HASH_DIGITS)
     warnings = (*missing_pictures, *cautions(study))
     return Plan(study=study, plan_hash=plan_hash, trials=tuple(trials), specs=specs, warnings=warnings)
@@ -88,10 +105,17 @@ def _fingerprint(config: ExperimentConfig) -> str:
         raise DataError(str(problem)) from problem
 
 
-def _spec(
-    config: ExperimentConfig, seed: int, pictures: str, code: dict[str, str]
+def trial_spec(
+    config: ExperimentConfig, *, seed: int, pictures: str, code: dict[str, str]
 ) -> tuple[TrialSpec, dict[Parameters, str]]:
-    """Return a trial, and the ids of its evaluations by parameters."""
+    """Return a trial, and the ids of its evaluations by parameters.
+
+    Args:
+        config: what to train.
+        seed: of the training.
+        pictures: the fingerprint of the data.
+        code: module -> text, of custom parts.
+    """
     computed = scientific(config)
     del computed["evaluation"]
     weights = weights_file(config)
@@ -100,22 +124,29 @@ def _spec(
     identity = {"config": computed, "seed": seed, "pictures": pictures, "numerics": numerics.VERSION}
     identity |= {"code": code} if code else {}
     root = _root(config)
-    evaluations: dict[Parameters, EvaluationConfig] = {
-        "raw": config.evaluation.model_copy(update={"parameters": "raw"})
-    }
-    if config.training.ema_decay is not None:
-        evaluations["averaged"] = config.evaluation.model_copy(update={"parameters": "averaged"})
-    ids = {name: _eval_id(evaluation) for name, evaluation in evaluations.items()}
+    evaluations, ids = evaluations_of(config)
     spec = TrialSpec(
         trial_id=_hash(identity, TRIAL_ID_DIGITS),
         config=_with_absolute_weights(config, weights),
         seed=seed,
         data_root="" if root is None else str(root),
         data_fingerprint=pictures,
-        evaluations={ids[name]: evaluation for name, evaluation in evaluations.items()},
+        evaluations=evaluations,
         code=code,
     )
-    return spec, {"raw": ids["raw"], "averaged": ids.get("averaged", ids["raw"])}
+    return spec, ids
+
+
+def evaluations_of(config: ExperimentConfig) -> tuple[dict[str, EvaluationConfig], dict[Parameters, str]]:
+    """Return how a trial's checkpoint is scored, by id, and those ids by parameters."""
+    evaluations: dict[Parameters, EvaluationConfig] = {
+        "raw": config.evaluation.model_copy(update={"parameters": "raw"})
+    }
+    if config.training.ema_decay is not None:
+        evaluations["averaged"] = config.evaluation.model_copy(update={"parameters": "averaged"})
+    ids = {name: _eval_id(evaluation) for name, evaluation in evaluations.items()}
+    by_id = {ids[name]: evaluation for name, evaluation in evaluations.items()}
+    return by_id, {"raw": ids["raw"], "averaged": ids.get("averaged", ids["raw"])}
 
 
 def _eval_id(evaluation: EvaluationConfig) -> str:
@@ -195,6 +226,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "claims": [asdict(claim) for claim in plan.study.claims],
         "looks": [asdict(look) for look in plan.study.looks],
         "execution": asdict(plan.study.execution),
+        "search": plan.study.search and asdict(plan.study.search),
+        "tuned": plan.study.tuned and asdict(plan.study.tuned),
     }
     specs = {
         trial_id: {
@@ -253,6 +286,8 @@ def _study_from_json(plain: dict[str, Any]) -> Study:
         "looks": tuple(Look(**look) for look in plain["looks"]),
         "seeds": tuple(plain["seeds"]),
         "execution": Execution(**plain.get("execution", {})),  # plans of before it was kept have none
+        "search": _search_from_json(plain.get("search")),
+        "tuned": Tuned(**plain["tuned"]) if plain.get("tuned") else None,
         "layers": {
             name: {key: (value, where) for key, (value, where) in keys.items()}
             for name, keys in plain["layers"].items()
@@ -265,6 +300,16 @@ def _unkept_selection(plain: dict[str, Any]) -> list[str]:
     """Return what can be known of the selection of a plan from before it was kept."""
     root = plain["variants"][0]["config"]["data"].get("root")
     return ["--profile", plain["profile"], *(["--data", root] if root else [])]
+
+
+def _search_from_json(plain: dict[str, Any] | None) -> Search | None:
+    if plain is None:
+        return None
+    space = {
+        key: Dimension(**{**dimension, "values": tuple(dimension["values"])})
+        for key, dimension in plain["space"].items()
+    }
+    return Search(**{**plain, "space": space})
 
 
 def _claim_from_json(plain: dict[str, Any]) -> Claim:

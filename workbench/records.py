@@ -26,6 +26,7 @@ class TrialRecord:
     metrics: dict[str, Metrics]  # eval_id -> final metrics
     result: dict[str, Any] | None  # result.json
     error: dict[str, Any] | None  # error.json
+    stopped: dict[str, Any] | None = None  # stopped.json, where a search ended the last attempt early
 
 
 Word = Literal["supported", "refuted", "equivalent", "undecided"]

@@ -10,13 +10,13 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from core.metrics import Metrics
-from workbench import commands, report_formats
+from workbench import commands, report_formats, search_report, tuned
 from workbench.labels import METRICS, POINTS
 from workbench.records import StudyResults, TrialRecord, Verdict
 from workbench.report_contents import ClaimLines, Contents, Table
 from workbench.study import Claim, Parameters
 
-Format = Literal["text", "md", "html", "latex"]
+Format = Literal["text", "md", "html", "latex", "tuned"]
 MOST_CLASSES = 12  # more would bury the rest of the report
 _COLUMNS = {name: label for name, label in METRICS.items() if name != "ap75"}
 
@@ -25,10 +25,16 @@ def render(results: StudyResults, *, format: Format, out: Path | None = None) ->
     """Return the report of a study with the verdicts in `results`; with `out`, also write it there.
 
     Markdown has its figures as PNG files beside `out`, and none without it; HTML carries them inside; LaTeX is the
-    table of differences alone, for a paper; text is for a terminal of 100 columns.
+    table of differences alone, for a paper; text is for a terminal of 100 columns; tuned is the file of a search's best
+    settings.
+
+    Raises:
+        WorkbenchError: tuned settings of a study that has none yet.
     """
     found = contents(results)
     match format:
+        case "tuned":
+            text = tuned.render(results, out=out, command=commands.command(results, verb="report"))
         case "text":
             text = report_formats.text(found)
         case "md":
@@ -46,6 +52,8 @@ def render(results: StudyResults, *, format: Format, out: Path | None = None) ->
 def contents(results: StudyResults) -> Contents:
     """Gather what the report says from the records and the stored verdicts."""
     study = results.plan.study
+    if study.search is not None:
+        return search_report.contents(results, cost=_facts(results))
     claims = {claim.id: claim for claim in study.claims}
     verdicts = results.verdicts
     return Contents(

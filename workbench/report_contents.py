@@ -17,7 +17,9 @@ class Table:
     left: int = 1
 
     def without(self, name: str) -> "Table":
-        """Return the table without the column of that name, one of the words."""
+        """Return the table without the column of that name, one of the words; as it is where there is none."""
+        if name not in self.header:
+            return self
         index = self.header.index(name)
         rows = tuple((*row[:index], *row[index + 1 :]) for row in self.rows)
         return replace(self, header=(*self.header[:index], *self.header[index + 1 :]), rows=rows, left=self.left - 1)

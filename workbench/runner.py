@@ -25,6 +25,7 @@ from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
 from workbench.retrying import canary_says, own_attempts
+from workbench.searching import Searching
 from workbench.spending import spent
 from workbench.store import STOP_FILE, Store
 from workbench.study import Plan, PlannedTrial
@@ -79,7 +80,7 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
     with _kept(err) as screen, store.lock(ref, wait=_line_to(screen) if options.wait else None) as hold:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
-        run = _Run(plan, store, ref, mirror, options=options, err=screen)
+        run = _kind_of_run(plan)(plan, store, ref, mirror, options=options, err=screen)
         hold.on_loss(run.stop_superseded)
         try:
             with run.stop.listening():
@@ -97,7 +98,15 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         return run.say_end(code)
 
 
-class _Run:
+def _kind_of_run(plan: Plan) -> "type[Run]":
+    if plan.study.search is None:
+        return Run
+    from workbench.search_runner import SearchRun  # which is a kind of Run
+
+    return SearchRun
+
+
+class Run:
     """One driver's work on one plan."""
 
     def __init__(
@@ -112,6 +121,7 @@ class _Run:
         self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / STOP_FILE, announce=self._announce_stop)
         self.progress: Progress | None = None
+        self.searching: Searching | None = None  # where configurations are suggested while trials run
 
     def looks(self) -> int:
         """Complete look after look; return the exit code."""
@@ -222,6 +232,7 @@ class _Run:
             allow_code=self.options.allow_code,
             trainer=self.options.trainer,
             driver=self.driver,
+            searching=self.searching,
         )
         if self.options.executor == "inline":
             run_inline(job)
@@ -322,6 +333,10 @@ class _Run:
             self.say(f"GPUs: {names}; profile {study.profile} {used}")
         for warning in self.plan.warnings:
             self.say(f"Warning: {warning}")
+        self._say_pages()
+
+    def _say_pages(self) -> None:
+        """Say where to watch, and get what all trials need."""
         line = commands.mlflow_command(self.mirror.tracking_uri)
         server = self.mirror.tracking_uri.rstrip("/") if line is None else "http://127.0.0.1:5000"
         pages = f"{server}/#/experiments?workflowType=machine_learning"

@@ -35,7 +35,6 @@ _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 class Task:
     """What every slot of a driver is given. `run` brings one trial as far as it goes, in the process that calls it."""
 
-    specs: dict[str, TrialSpec]
     run: Callable[[TrialSpec], Any]
     runs: Path
     logs: Path  # folder of what the processes print
@@ -43,24 +42,25 @@ class Task:
     driver: Process
     retries: int
     forks: bool  # else each trial has a new Python
-    canary: str  # the trial that goes first: no other begins before it has taken a step
+    canary: str | None = None  # the trial that goes first: no other begins before it has taken a step
 
 
-def task_for(job: Job, *, logs: Path) -> Task:
-    """Return what the slots need of a job."""
+def task_for(
+    job: Job, *, logs: Path, work: Callable[..., Any] = execute, canary: str | None = None, **arguments: Any
+) -> Task:
+    """Return what the slots need of a job: how a trial is run, by `work` with more `arguments` than a job knows."""
     run = partial(
-        execute,
+        work,
         runs=job.runs,
-        should_stop=job.stop.path.exists,
         device=job.resources.device,
         driver=job.driver,
         allow_code=job.allow_code,
         trainer=job.trainer,
         stall_seconds=job.execution.stall_seconds,
         gpus=job.execution.gpus * job.execution.nodes if job.resources.device != "cpu" else 0.0,
+        **arguments,
     )
     return Task(
-        specs={spec.trial_id: spec for spec in job.specs},
         run=run,
         runs=job.runs,
         logs=logs,
@@ -68,7 +68,7 @@ def task_for(job: Job, *, logs: Path) -> Task:
         driver=job.driver,
         retries=job.execution.retries,
         forks=AVAILABLE and job.resources.device == "cpu",
-        canary=job.specs[0].trial_id,
+        canary=canary,
     )
 
 
@@ -80,23 +80,21 @@ class Slot:
         self._store = Store(task.runs)
         self._processes = self._new_processes()
 
-    def run(self, trial_id: str) -> None:
+    def run(self, spec: TrialSpec) -> None:
         """Bring a trial as far as it goes; try again as often as the study allows what may pass."""
-        if not self._may_begin(trial_id):
+        task = self._task
+        if not self._may_begin(spec.trial_id):
             return
         while True:
             before = _killed_for_memory()
             try:
-                self._processes.run(
-                    partial(self._task.run, self._task.specs[trial_id]), watch=partial(self._watch, trial_id)
-                )
+                self._processes.run(partial(task.run, spec), watch=partial(self._watch, spec.trial_id))
             except Lost as lost:
-                self._record_loss(trial_id, lost, out_of_memory=_killed_for_memory() > before)
+                self._record_loss(spec.trial_id, lost, out_of_memory=_killed_for_memory() > before)
                 if not self._processes.alive():
                     self._processes.close()
                     self._processes = self._new_processes()
-            task = self._task
-            if not try_again(self._store, trial_id, task.driver, retries=task.retries, stop=task.stop):
+            if not try_again(self._store, spec.trial_id, task.driver, retries=task.retries, stop=task.stop):
                 return
 
     def close(self) -> None:
@@ -111,13 +109,13 @@ class Slot:
 
     def _may_begin(self, trial_id: str) -> bool:
         """Wait until the first trial has taken a step; False when it could not: the others would fail as well."""
+        task = self._task
         give_up = time.monotonic() + CANARY_PATIENCE_SECONDS
-        while trial_id != self._task.canary and time.monotonic() < give_up:
-            task = self._task
+        while task.canary not in (None, trial_id) and time.monotonic() < give_up:
             says = canary_says(self._store, task.canary, task.driver, retries=task.retries)
             if says != "wait":
                 return says == "go"
-            if self._task.stop.exists():
+            if task.stop.exists():
                 return False
             time.sleep(_POLL_SECONDS)
         return True

@@ -88,6 +88,7 @@ def _trial(trial: PlannedTrial, record: TrialRecord, claimed: Parameters) -> dic
         "metrics": scored.get(claimed, {}),  # of the weights that the claims are about
         "metrics_by_parameters": scored,
         "error": record.error["message"] if record.state == "failed" and record.error else None,
+        "reason": record.stopped["reason"] if record.stopped else None,
     }
 
 
@@ -108,7 +109,7 @@ def _row(trial: dict[str, Any]) -> tuple[str, ...]:
     return (
         trial["variant"],
         str(trial["seed"]),
-        trial["state"] + done,
+        trial["state"] + done + (f", {trial['reason']}" if trial["reason"] else ""),
         str(trial["attempts"]),
         f"{trial['seconds']:.0f}" if trial["seconds"] else "",
         f"{POINTS * ap:.1f}" if ap is not None else "",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.events import EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
-from workbench import attempts, durable, siblings
+from workbench import attempts, durable, search, siblings
 from workbench.errors import StoreError
 from workbench.hold import Hold, held
 from workbench.plan import plan_from_json, plan_to_json
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 STOP_FILE = "stop"
 """Beside a plan: what its driver is asked for, see `workbench.execution`."""
 
-_RECORD = ("attempts", "result.json", "error.json", "events.jsonl", "evaluations")  # what a trial's record is read from
+STOPPED_FILE = "stopped.json"
+"""Why a search ended an attempt at a trial early."""
+
+# What a trial's record is read from.
+_RECORD = ("attempts", "result.json", "error.json", "events.jsonl", "evaluations", STOPPED_FILE)
 _SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
 
 
@@ -141,6 +145,8 @@ class Store:
     def results_for(self, plan: Plan) -> StudyResults:
         """Return what is known of a plan's trials, also when the plan was never registered."""
         folder = self.study_dir(plan)
+        if plan.study.search is not None:
+            plan = search.expanded(plan, search.read(folder))
         records = {trial_id: self.record(trial_id) for trial_id in plan.specs}
         verdicts = durable.read_json(folder / "verdicts.json") or {"verdicts": []}
         mirrored = durable.read_json(folder / "mlflow.json")
@@ -223,6 +229,7 @@ class Store:
             metrics=self._metrics(folder) if result else {},
             result=result,
             error=error,
+            stopped=_stopped(folder, tried),
         )
 
     def scoring_seconds(self, trial_id: str, *, since: float) -> float:
@@ -316,6 +323,15 @@ def _state(
     if error is not None:
         return "failed"
     return "interrupted" if tried else "pending"
+
+
+def _stopped(folder: Path, tried: tuple[attempts.Attempt, ...]) -> dict[str, Any] | None:
+    """Return why a search ended the last attempt early, if that is how it ended."""
+    plain = durable.read_json(folder / STOPPED_FILE)
+    last = tried[-1] if tried else None
+    if plain is None or last is None or not isinstance(plain.get("reason"), str):
+        return None
+    return plain if last.outcome == "interrupted" and plain.get("attempt") == last.number else None
 
 
 def _verdict_from_json(plain: dict[str, Any]) -> Verdict:

@@ -72,6 +72,49 @@ class Execution:
     quota_bytes: int | None = None  # of checkpoints and predictions in the runs folder
 
 
+Value = bool | int | float | str | None
+"""A plain value of a configuration, as a search tries it."""
+
+SEARCH_SEED = 10_000
+"""The seed of every configuration of a search: beyond those of any comparison, and one for all, so that they differ in
+nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimension:
+    """What a search tries of one key: a range with both ends included, or `values`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    whole: bool = False  # whole numbers only
+    values: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """How the settings of each variant are chosen: `search` of a study file. Scores are those of the tune split."""
+
+    space: dict[str, Dimension]  # by dotted key
+    method: Literal["random", "optuna"]
+    scheduler: Literal["fifo", "asha"]
+    configurations: int  # tried for each variant, the first of them its own settings
+    metric: str
+    mode: Literal["max", "min"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """Where the tuned settings of a study come from: `tuned` of a study file."""
+
+    path: str
+    sha256: str  # of the file
+    study: str  # the search, its profile and its plan
+    profile: str
+    plan_hash: str
+    configurations: int  # tried for each variant
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """One question at one scale. `seeds` are those of the last look; each look takes the first `look.seeds` of them."""
@@ -94,6 +137,8 @@ class Study:
         str, dict[str, tuple[Any, str]]
     ]  # variant -> dotted key -> (value, where it was set); for `plan --explain`
     execution: Execution = Execution()
+    search: Search | None = None  # a study that searches for settings and claims nothing
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,9 +27,11 @@ from workbench.overrides import (
 )
 from workbench.problems import DEFAULT, Place, Problems, as_key, did_you_mean
 from workbench.recipes import recipe_layer
-from workbench.study import Claim, Execution, Look, Study, Variant
+from workbench.search_file import SearchReader
+from workbench.study import SEARCH_SEED, Claim, Execution, Look, Study, Variant
 from workbench.study_schema import ExecutionPart, ProfilePart, StudyPart, read_part, seconds_of
 from workbench.tracking import problem_with as problem_with_uri
+from workbench.tuned import TunedFile
 from workbench.user_code import custom_parts, problem_with
 from workbench.yaml12 import Document, Path_
 
@@ -117,6 +119,8 @@ class _Loader:
         self.document = yaml12.read_file(path, problems)
         self.file, self.wrong = read_part(StudyPart, self.document, problems, stand_in=UNREAD)
         self.names = self.document.names("variants")  # also those left out of `file` because they are wrong
+        self.search = SearchReader(self.document, self.file.search, problems) if self.file.search else None
+        self.tuned = TunedFile(self.document, self.file.tuned, problems) if self.file.tuned else None
 
     def load(self) -> Study | None:
         """Return the study, or None where anything is wrong."""
@@ -124,12 +128,14 @@ class _Loader:
         if ("recipe",) in self.wrong:  # what the keys mean is not known
             self._check_references()
             return None
-        variants, settings = self._variants(self._layers(profile_document))
+        layers = self._layers(profile_document)
+        variants, settings = self._variants(layers)
         check_differences(variants, self.file.baseline, self.document, self.problems)
         self._check_references()
         selected = self._selected(profile)
         claims = self._claims(profile, variants, selected)
         looks = self._looks(profile, profile_document)
+        search = self.search.read(variants, layers) if self.search and variants else None
         budget = self._budget(profile)
         uri = self._tracking_uri(profile)
         if self.problems or not looks:
@@ -143,17 +149,19 @@ class _Loader:
             path=self.path,
             selection=self.selection.words(),
             profile=self.profile_name,
-            gives_verdicts=profile.verdicts is not False,
+            gives_verdicts=profile.verdicts is not False and search is None,
             baseline=self.file.baseline,
             variants=tuple(chosen),
             claims=claims,
             looks=looks,
-            seeds=tuple(range(looks[-1].seeds)),
+            seeds=(SEARCH_SEED,) if search else tuple(range(looks[-1].seeds)),
             scope=self.file.scope,
             budget_seconds=budget,
             tracking_uri=uri,
             layers={variant.name: explain(variant.config, settings[variant.name]) for variant in chosen},
             execution=_execution(profile.execution, self.file.execution, block.execution if block else None),
+            search=search,
+            tuned=self.tuned.provenance() if self.tuned else None,
         )
 
     def _profile(self) -> tuple[ProfilePart, Document]:
@@ -182,7 +190,7 @@ class _Loader:
         return uri
 
     def _layers(self, profile_document: Document) -> dict[str, list[Layer]]:
-        """Return the layers of each variant, lowest first; the last but one is the variant's own."""
+        """Return the layers of each variant, lowest first."""
         recipe = recipe_layer(self.file.recipe, self.document.value_place(("recipe",)))
         study = self._layer("study", ())
         blocks = {name: self._layer(f"profile {name}", ("profiles", name)) for name in self.document.names("profiles")}
@@ -195,7 +203,22 @@ class _Loader:
         shared = [without_wrong_values(layer, self.problems) for layer in (study, *scale, options)]
         study, *scale, options = [shared[0], *(self._without_clashes(layer, own.values()) for layer in shared[1:])]
         scale = [replace(layer, scales=True) for layer in scale]
-        return {name: [recipe, study, *scale, layer, options] for name, layer in own.items()}
+        explicit = [*scale[1:], options]  # a scale of the study's own, and the command line
+        tuned = self.tuned.layers(own) if self.tuned else {}
+        for layer in tuned.values():
+            self._without_clashes(layer, [*explicit, *own.values()])
+        self.asked = {name: layer.asked() for name, layer in own.items()}
+        for name, layer in tuned.items():
+            self.asked[name] |= layer.asked()
+        top = [options]
+        if self.search:
+            self.search.refuse(seeds=self.selection.seeds)
+            self._without_clashes(self.search.space, [*explicit, *own.values()])
+            top.append(self.search.split([study, *explicit, *own.values()]))
+        return {
+            name: [recipe, study, *scale, layer, *([tuned[name]] if name in tuned else []), *top]
+            for name, layer in own.items()
+        }
 
     def _layer(self, label: str, path: Path_) -> Layer:
         return read_layer(label, self.document, (*path, "set"), self.problems)
@@ -224,8 +247,8 @@ class _Loader:
         for name, part in ((name, part) for name, part in self.file.variants.items() if name in layers):
             config, settings[name] = resolve(self._with_data(layers[name]), self.problems)
             if config:
-                why, overrides = (part.why if part else ""), layers[name][-2].asked()
-                variants.append(Variant(name=name, why=why, overrides=overrides, config=config))
+                why = part.why if part else ""
+                variants.append(Variant(name=name, why=why, overrides=self.asked[name], config=config))
                 self._check_code(config, settings[name])
         return variants, settings
 
@@ -301,7 +324,7 @@ class _Loader:
 
     def _looks(self, profile: ProfilePart, profile_document: Document) -> tuple[Look, ...]:
         """Return the planned looks: one of `--seeds` seeds, else the profile's."""
-        asked = self.selection.seeds
+        asked = 1 if self.search else self.selection.seeds
         if asked is not None:
             if not 1 <= asked <= MOST_SEEDS:
                 self.problems.add(Place(f"--seeds {asked}"), "", f"allowed: 1 to {MOST_SEEDS}")

@@ -5,7 +5,7 @@ What names refer to and what values lead to is checked in `study_file`.
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import ErrorDetails
@@ -172,6 +173,42 @@ class ProfilePart(FilePart):
     set: Overrides = {}
 
 
+class DimensionPart(FilePart):
+    """What a search tries of one key: a range, both ends included and whole where the key is, or values."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = Field(default=False, description="as many small values as large ones: for rates")
+    values: list[bool | int | float | str | None] | None = Field(default=None, min_length=2)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.low is None) == (self.values is None) or (self.low is None) != (self.high is None):
+            raise ValueError("needs low and high, or values instead of them")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and (self.low is None or self.low <= 0):
+            raise ValueError("log needs a range above 0")
+        if self.values is not None and len({repr(value) for value in self.values}) < len(self.values):
+            raise ValueError("names a value twice")
+        return self
+
+
+class SearchPart(FilePart):
+    """Settings are searched for each variant by itself, with the same budget, on the tune split; nothing is claimed."""
+
+    space: dict[str, DimensionPart] = Field(min_length=1, description="dotted key: what is tried of it")
+    configurations: int = Field(
+        ge=2, le=1000, description="tried for each variant; the first are the variant's own settings"
+    )
+    method: Literal["random", "optuna"] = Field(default="optuna", description="optuna: TPE, which learns from scores")
+    scheduler: Literal["fifo", "asha"] = Field(
+        default="fifo", description="fifo: all train to the end; asha: the worst two of three are stopped early"
+    )
+    metric: Metric = "ap"
+    mode: Literal["max", "min"] = "max"
+
+
 class StudyPart(FilePart):
     """One question, its variants and its claims."""
 
@@ -189,14 +226,16 @@ class StudyPart(FilePart):
     execution: ExecutionPart = Field(
         default=ExecutionPart(), description="at every profile, unless that says otherwise"
     )
+    search: SearchPart | None = None
+    tuned: str | None = Field(default=None, description="file of `report SEARCH --format tuned`, beside this one")
 
 
 PartT = TypeVar("PartT", bound=FilePart)
 
 ENTRIES: dict[str, type[FilePart]] = {"variants": VariantPart, "claims": ClaimPart, "profiles": ProfilePart}
 """The sections whose entries are judged one by one: a wrong one does not hide what is wrong with the others."""
-_PARTS: dict[int | str, type[FilePart]] = {"looks": LooksPart, "execution": ExecutionPart}
-_INNER: dict[int | str, type[FilePart]] = {**ENTRIES, "terms": TermPart}
+_PARTS: dict[int | str, type[FilePart]] = {"looks": LooksPart, "execution": ExecutionPart, "search": SearchPart}
+_INNER: dict[int | str, type[FilePart]] = {**ENTRIES, "terms": TermPart, "space": DimensionPart}
 
 
 def read_part(

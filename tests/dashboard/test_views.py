@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from dashboard import load
-from workbench import report
+from workbench import durable, report
+from workbench.store import Store
+from workbench.study import SEARCH_SEED, Dimension, Search
 
 APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 PAGES = [None, "views/compare.py", "views/runs.py"]
@@ -52,6 +55,24 @@ def test_file_for_a_folder_is_told(page, tmp_path, view):
     """A path that cannot hold records is named on the page."""
     (tmp_path / "runs").write_text("")
     assert "runs is a file" in page(tmp_path / "runs", view).info[0].value
+
+
+@pytest.mark.parametrize("view", PAGES)
+def test_search_is_shown(page, fake_results, write_runs, tmp_path, view):
+    """A study that searches has no claims; its configurations are on the pages as its trials."""
+    results = fake_results({"detached": [0.3], "kept": [0.32]}, looks=((1, 0.05),), gives_verdicts=False)
+    space = {"training.lr": Dimension(low=1e-4, high=1e-2, log=True)}
+    search = Search(space=space, method="random", scheduler="fifo", configurations=2, metric="ap", mode="max")
+    study = replace(results.plan.study, search=search, claims=(), seeds=(SEARCH_SEED,))
+    trials = tuple(replace(trial, seed=SEARCH_SEED) for trial in results.plan.trials)
+    results = write_runs(tmp_path, replace(results, plan=replace(results.plan, study=study, trials=trials)))
+    folder = Store(tmp_path).study_dir(results.plan)
+    row = {"variant": "kept", "number": 1, "values": {"training.lr": 1e-3}, "trial_id": "kept-0001"}
+    durable.write_json(folder / "search.json", {"configurations": [row]})
+    app = page(tmp_path, view)
+    if view == "views/runs.py":
+        assert "kept#1" in list(app.dataframe[0].value["variant"])
+    assert "The search is not complete" in texts(app) or view == "views/compare.py"
 
 
 def test_misspelt_option_is_told(page, finished_runs):

@@ -259,10 +259,10 @@ def _run_in_slot(job: Job, *, patience: float) -> None:
     watch = threading.Timer(patience, _give_up, (job,))
     watch.start()
     with mock.patch.object(slots, "Template", partial(Template, modules=("toys",))):  # torch would take seconds
-        slot = Slot(task_for(job, logs=logs))
+        slot = Slot(task_for(job, logs=logs, canary=job.specs[0].trial_id, should_stop=job.stop.path.exists))
     try:
         for spec in job.specs:
-            slot.run(spec.trial_id)
+            slot.run(spec)
     finally:
         watch.cancel()
         slot.close()

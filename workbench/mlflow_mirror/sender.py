@@ -50,7 +50,7 @@ class Sender:
 
     def up_to_date(self, *, everything: bool) -> bool:
         """Tell whether MLflow has all of the study; `everything` includes what the last run cost."""
-        results = self._store.results_for(self._plan)
+        results = self._results()
         expected = {self._key(trial): reached(record) for trial, record in self._begun(results)}
         expected[_PARENT] = study_reached(results, self._ref, over=True)
         known = {key: value for key, value in self._state.reached.items() if key != _LAST_RUN}
@@ -61,7 +61,7 @@ class Sender:
 
         What MLflow refuses of one trial does not keep it from having the others; the first refusal is raised last.
         """
-        results = self._store.results_for(self._plan)
+        results = self._results()
         refused: Exception | None = None
         try:
             parent = self._parent_run(api)
@@ -83,6 +83,13 @@ class Sender:
 
     def _key(self, trial: PlannedTrial) -> str:
         return self._keys[trial.variant, trial.seed]
+
+    def _results(self) -> StudyResults:
+        """Return what is known of the study, whose plan grows where it is a search."""
+        results = self._store.results_for(self._plan)
+        if len(results.plan.trials) != len(self._plan.trials):
+            self._plan, self._keys = results.plan, keys(results.plan)
+        return results
 
     def _begun(self, results: StudyResults) -> list[tuple[PlannedTrial, TrialRecord]]:
         """Return the trials that have a record, also those of later looks that another study has computed."""

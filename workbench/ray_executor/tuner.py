@@ -22,6 +22,7 @@ from workbench.errors import WorkbenchError
 from workbench.execution import Job
 from workbench.slots import Slot, Task, task_for
 from workbench.store import Store
+from workbench.study import TrialSpec
 
 GRACE_SECONDS = 60.0
 """How long trials may take to finish a step and write a checkpoint once a stop is asked for."""
@@ -51,7 +52,12 @@ def run_on_ray(job: Job) -> None:
         try:
             job.stop.install()  # Ray has taken SIGTERM, and would abort
             _check_resources(job)
-            _fit(job, folder)
+            if job.searching is None:
+                _fit(job, folder)
+            else:
+                from workbench.ray_executor.search import search  # which builds on this module
+
+                search(job, job.searching, folder)
         finally:
             ray.shutdown()
 
@@ -86,7 +92,8 @@ def _per_trial(job: Job) -> dict[str, float]:
 
 
 def _fit(job: Job, folder: Path) -> None:
-    trainable = tune.with_parameters(_Actor, task=task_for(job, logs=folder))
+    task = task_for(job, logs=folder, canary=job.specs[0].trial_id, should_stop=job.stop.path.exists)
+    trainable = tune.with_parameters(_Actor, task=task, specs={spec.trial_id: spec for spec in job.specs})
     tuner = tune.Tuner(
         tune.with_resources(trainable, _per_trial(job)),
         param_space={"trial_id": tune.grid_search([spec.trial_id for spec in job.specs])},
@@ -113,9 +120,12 @@ def _fit(job: Job, folder: Path) -> None:
 class _Actor(tune.Trainable):
     """A slot in an actor of Ray."""
 
-    def setup(self, config: dict[str, Any], *, task: Task | None = None) -> None:
-        assert task is not None  # always given; Tune's own signature has only the config
-        self._trial_id = config["trial_id"]
+    def setup(
+        self, config: dict[str, Any], *, task: Task | None = None, specs: dict[str, TrialSpec] | None = None
+    ) -> None:
+        assert task is not None  # always given, both; Tune's own signature has only the config
+        assert specs is not None
+        self._trial_id, self._specs = config["trial_id"], specs
         self._slot = Slot(task)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -123,7 +133,7 @@ class _Actor(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        self._slot.run(self._trial_id)
+        self._slot.run(self._specs[self._trial_id])
         return {"done": True}
 
     def cleanup(self) -> None:

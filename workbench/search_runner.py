@@ -1,0 +1,116 @@
+"""Run a search: bring every configuration to its end, suggesting the next ones by what is known, and report the best.
+
+Where trials run inline, configurations are tried one after another, variant by variant in turn, so the same study file
+always tries the same ones. Under Ray as many run as there are slots, and Ray Tune's ASHA may end bad ones early.
+"""
+
+from typing import Any
+
+from workbench.errors import WorkbenchError
+from workbench.labels import METRICS, POINTS
+from workbench.runner import Run
+from workbench.search import Tried
+from workbench.search_report import told
+from workbench.searching import Searching
+from workbench.study import PlannedTrial
+
+
+class SearchRun(Run):
+    """One driver's work on a plan that searches."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.found = Searching(self.plan, self.store, self.ref)
+        self.study = self.plan.study
+        if self.options.executor == "inline" and self.found.search.scheduler == "asha":
+            raise WorkbenchError(
+                f"{self.study.path}: asha compares trials that run side by side, and --executor inline runs one after "
+                "another: leave it out, or set search.scheduler to fifo"
+            )
+        self._said = False
+
+    def looks(self) -> int:
+        """Try every configuration; return the exit code."""
+        self.store.start_look(self.ref, 1)
+        if not self.found.complete():
+            if self.options.executor == "inline":
+                self._one_after_another()
+            else:
+                self._side_by_side()
+        self.plan = self.found.plan()
+        self.found.save()
+        if self.stop.signal is not None:
+            return 128 + self.stop.signal
+        return 0 if self.found.complete() else 1
+
+    def _one_after_another(self) -> None:
+        position = 0
+        while not self.stop.requested():
+            if position == len(self.found.configurations) and self.found.next() is None:
+                return
+            configuration = self.found.configurations[position]
+            position += 1
+            trial = self.found.planned(configuration)
+            self.plan = self.found.plan()
+            if not self._over(trial):
+                self._complete(1, (trial,))
+                self.found.save()
+                self._say_tried(trial.trial_id)
+
+    def _side_by_side(self) -> None:
+        """Let the executor ask for configurations until there are no more."""
+        from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
+
+        self.searching = self.found
+        self.found.on_end = self._say_tried
+        if all(item.over for item in self.found.tried()):
+            self.found.next()
+        self.plan = self.found.plan()
+        trials = tuple(trial for trial in self.plan.trials if not self._over(trial))
+        self._say_start(1, trials)
+        self.mirror.start()
+        self._execute(trials)
+        while self.stop.paused():
+            self._wait_out_pause()
+            self._execute(trials)
+        self.tried.update(item.trial_id for item in self.found.configurations)
+        if not self.stop.requested() and not any(item.epochs or item.over for item in self.found.tried()):
+            self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")
+
+    def _over(self, trial: PlannedTrial) -> bool:
+        return super()._over(trial) or self.found.was_stopped(trial.trial_id)
+
+    def _record_lost(self, trials: tuple[PlannedTrial, ...]) -> None:
+        super()._record_lost(tuple(trial for trial in trials if not self._over(trial)))
+
+    def _say_start(self, number: int, trials: tuple[PlannedTrial, ...]) -> None:  # noqa: ARG002 - as for a look
+        if self._said:
+            return
+        self._said = True
+        search, over = self.found.search, sum(item.over for item in self.found.tried())
+        self.say(
+            f"{self.study.name} ({self.study.profile}): a search ({search.method}, {search.scheduler}) of "
+            f"{search.configurations} configurations for each of {len(self.found.variants)} variants, {over} already "
+            f"over; {self._slots()} at once on {self.resources.device}"
+        )
+        for warning in self.plan.warnings:
+            self.say(f"Warning: {warning}")
+        self._say_pages()
+
+    def _say_tried(self, trial_id: str) -> None:
+        """Say what has become of a configuration."""
+        tried = self.found.tried()
+        item = next(item for item in tried if item.trial_id == trial_id)
+        over = sum(other.over or other.trial_id in self.found.ending for other in tried)
+        fate = _fate(item, self.found.search.metric, ending=trial_id in self.found.ending)
+        line = f"{item.variant} {item.number}: {fate}; {told(item.values)} "
+        self._announce_stop(f"{line}({over} of {self.found.total} over)")
+
+
+def _fate(item: Tried, metric: str, *, ending: bool) -> str:
+    label = METRICS.get(metric, metric)
+    if item.score is not None:
+        return f"{label} {POINTS * item.score:.1f}"
+    if (item.stopped or ending) and item.last_score is not None:
+        return f"stopped at epoch {item.epochs}, {label} {POINTS * item.last_score:.1f}"
+    return item.state
