@@ -27,6 +27,7 @@ class StopRequest:
     def __init__(self, path: Path, *, announce: Callable[[str], None]) -> None:
         self.path = path
         self.signal: int | None = None
+        self.reason: str | None = None  # of a stop that no signal asked for
         self._announce = announce
 
     @contextmanager
@@ -51,7 +52,14 @@ class StopRequest:
 
     def requested(self) -> bool:
         """Tell whether the driver is to stop."""
-        return self.signal is not None
+        return self.signal is not None or self.reason is not None
+
+    def ask(self, reason: str) -> None:
+        """Ask for a stop in good order because a limit of the run is reached; the first reason counts."""
+        if not self.requested():
+            self.reason = reason
+            self.path.touch()
+            self._announce("Stopping: a limit of this run is reached; each trial writes a checkpoint.")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from core.model import kernel
-from workbench import commands, report
+from workbench import commands, gate, report
 from workbench.attempts import read as read_attempts
+from workbench.budget import Budget, watching
+from workbench.costs import machine_of
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
@@ -32,6 +34,7 @@ from workbench.verdict import judge
 
 Executor = Literal["ray", "inline"]
 
+LIMIT_REACHED = 4  # exit code: stopped in good order by a limit of the run
 WAIT_SECONDS = 2.0  # between looks at a trial that another driver runs
 
 
@@ -45,6 +48,8 @@ class Options:
     tracking_uri: str | None = None  # MLflow's; None: the study's own, or the embedded database
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # run the code of custom parts; without it a study that has some is refused
+    gpu_hours: float | None = None  # limit of the study at its profile, all attempts counted; None: the study's own
+    without_gate: bool = False  # go on without a passed gate, and whatever the baseline's first epoch says
     trainer: Trainer | None = None  # the detector's code, which travels to the trials' processes; None: `core`
 
 
@@ -73,6 +78,7 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
         run = _Run(plan, store, ref, mirror, options=options, err=screen)
+        run.require_gate()
         with run.stop.listening():
             code = run.looks()
             if run.stop.signal is None:
@@ -98,6 +104,25 @@ class _Run:
         self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
         self.progress: Progress | None = None
+        self.budget = Budget(
+            plan,
+            store,
+            machine=machine_of(plan, self.resources, at_once=self._slots()),
+            gpu_hours=options.gpu_hours,
+            stop=self.stop,
+            say=self.say,
+        )
+        self.budget_seconds = options.budget_seconds or plan.study.budget_seconds
+
+    def require_gate(self) -> None:
+        """Refuse a dear study that has no passed gate."""
+        gate.require(
+            self.budget,
+            until_decided=self.options.until_decided,
+            without_gate=self.options.without_gate,
+            allow_code=self.options.allow_code,
+            say=self.say,
+        )
 
     def looks(self) -> int:
         """Complete look after look; return the exit code."""
@@ -109,6 +134,8 @@ class _Run:
             if self.stop.signal is not None:
                 return 128 + self.stop.signal
             results = self.judge()
+            if self.stop.reason is not None:
+                return LIMIT_REACHED
             if any(not self._over(trial) for trial in trials):
                 return 1
             if not self.options.until_decided or not self._another_look(results, number):
@@ -153,6 +180,8 @@ class _Run:
             for trial in failed:
                 self._say_failure(trial)
             self.say(f"Failed trials are tried again by the same command: {command}")
+        elif code == LIMIT_REACHED:
+            self.say(f"{self.stop.reason}. Nothing that was finished is lost. To go on, with what is said: {command}")
         elif code:
             self.say(f"Interrupted; nothing that was finished is lost. To go on: {command}")
         else:
@@ -168,9 +197,11 @@ class _Run:
         if self.options.executor == "ray":
             from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
         self.mirror.start()
-        with self.progress.showing():
+        checks = (self.budget.passed, gate.watch(self.budget, without_gate=self.options.without_gate, say=self.say))
+        expected = self.budget.look(number, budget_seconds=self.budget_seconds)
+        with expected, self.progress.showing(), watching(checks, self.stop):
             while not self.stop.requested():
-                if candidates := self._candidates(trials):
+                if candidates := self.budget.affordable(self._candidates(trials)):
                     self._execute(candidates)
                 elif self._elsewhere(trials):
                     time.sleep(WAIT_SECONDS)
@@ -231,22 +262,14 @@ class _Run:
         return complete(self.store.record(trial.trial_id), self.plan.specs[trial.trial_id])
 
     def _another_look(self, results: StudyResults, number: int) -> bool:
-        budget_seconds = self.options.budget_seconds or self.plan.study.budget_seconds
         undecided = [verdict.claim for verdict in results.verdicts if commands.wants_seeds(results, verdict)]
         if not undecided:
             return False
-        new = [trial for trial in self.plan.at_look(self.plan.study.looks[number]) if not self._over(trial)]
-        known = [record.total_seconds for record in results.records.values() if record.state == "finished"]
-        expected = len(new) * sum(known) / max(1, len(known)) / self.resources.concurrency
-        elapsed = time.monotonic() - self.began
-        if new and budget_seconds is not None and elapsed + expected > budget_seconds:
-            needs, left = report.duration(expected), report.duration(max(0.0, budget_seconds - elapsed))
-            self.say(
-                f"Undecided: {', '.join(undecided)}. The next look needs about {needs}, and {left} of the budget are "
-                "left: raise --budget to go on."
-            )
-            return False
-        return True
+        spent = time.monotonic() - self.began
+        reason = self.budget.refuses_look(number + 1, spent=spent, budget_seconds=self.budget_seconds)
+        if reason is not None:
+            self.say(f"Undecided: {', '.join(undecided)}. {reason}: raise --budget to go on.")
+        return reason is None
 
     def _slots(self) -> int:
         return self.resources.concurrency if self.options.executor == "ray" else 1

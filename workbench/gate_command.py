@@ -1,0 +1,47 @@
+"""`doctor --profile`: run a gate, or record the band that it compares with."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from core.recipes import DEFAULT
+from workbench import bands
+from workbench.gate import Asked, as_json, as_text, gate, training, training_name
+from workbench.store import Store
+
+
+def doctor(options: Namespace, *, write: Callable[[dict[str, Any], str], None], tell: Callable[[str], None]) -> int:
+    """Run what the options ask for and return the exit code: 1 where the gate is not passed.
+
+    Raises:
+        WorkbenchError: an option, the checkpoint or the pictures cannot be used.
+    """
+    asked = Asked(
+        profile=options.profile,
+        checkpoint=options.checkpoint,
+        data=options.data,
+        recipe=options.recipe,
+        study=options.study,
+        device=options.device,
+    )
+    store = Store(options.runs)
+    if options.record_band is None:
+        result = gate(asked, store, tell=tell)
+        write(as_json(result), as_text(result))
+        return 0 if result.passed else 1
+    recipe = options.recipe or DEFAULT
+    band = bands.record(
+        store,
+        training(asked, recipe),
+        name=training_name(asked, recipe),
+        epoch=options.record_band == "epoch",
+        device=options.device,
+        tell=tell,
+    )
+    low, high = band.loss
+    text = f"{band.name}: a loss of {low:.4g} to {high:.4g} after {band.steps} steps"
+    if band.first_epoch is not None:
+        text += ", {:.4g} to {:.4g} over the first epoch".format(*band.first_epoch)
+    write(asdict(band), f"{text}; kept in {bands.own_file(store)}\n")
+    return 0
