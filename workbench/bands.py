@@ -1,4 +1,4 @@
-"""Where the losses of a sound training lie: after 200 steps, and over the first epoch. Loads without torch.
+"""Where the losses of a sound training lie: in its first 200 steps, and over the first epoch. Loads without torch.
 
 A band belongs to one training: configuration, pictures and version of the numerics. It is made of several seeds'
 losses, so it catches what is broken (a wrong rate, wrong targets, another loss), not what is a little worse. Those that
@@ -22,19 +22,18 @@ from workbench.store import Store
 from workbench.study import Plan, TrialSpec
 
 SHIPPED = Path(__file__).resolve().parent.parent / "studies" / "bands.json"
-STEPS, LAST = 200, 50  # that are trained, and whose mean loss is compared
-SEEDS = 3  # of a band that is recorded
-WIDTH_SD, WIDTH_SHARE = 4.0, 0.1  # half the width of a band: standard deviations, but at least a share of the mean
+STEPS, WINDOW = 200, 50  # that are trained; the mean loss of each window of steps is compared
+SEEDS = 5  # of a band that is recorded
+WIDTH_SD, WIDTH_SHARE = 5.0, 0.03  # half the width of a band: standard deviations, but at least a share of the mean
 KEY_DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Band:
-    """Weighted sums of losses, lowest and highest. `loss`: mean of the last `LAST` of `steps` steps."""
+    """Means of the weighted sum of losses, lowest and highest; `windows`: of each `WINDOW` of the first steps."""
 
     name: str  # which training, in words
-    steps: int
-    loss: tuple[float, float]
+    windows: tuple[tuple[float, float], ...]
     first_epoch: tuple[float, float] | None  # mean of all its steps; None where only the steps were trained
     source: str
 
@@ -60,7 +59,7 @@ def known(store: Store, spec: TrialSpec) -> Band | None:
         found = (durable.read_json(path) or {"bands": {}})["bands"].get(key)
         if found is not None:
             first = found["first_epoch"]
-            rest = {"loss": tuple(found["loss"]), "first_epoch": tuple(first) if first else None}
+            rest = {"windows": tuple(map(tuple, found["windows"])), "first_epoch": tuple(first) if first else None}
             return Band(**{**found, **rest})
     return None
 
@@ -81,15 +80,14 @@ def record(store: Store, spec: TrialSpec, *, name: str, epoch: bool, device: str
     for seed in range(SEEDS):
         tell(f"Seed {seed}, {seed + 1} of {SEEDS}: {'the first epoch' if epoch else f'{STEPS} steps'} of {name}")
         runs.append(losses(spec, seed=seed, device=device, cache=store.cache_dir, epoch=epoch))
-    ends = [at_steps(run.losses) for run in runs]
+    windows = [in_windows(run.losses) for run in runs]
     means = [fmean(run.losses[: run.steps_per_epoch]) for run in runs]
-    if not all(map(math.isfinite, (*ends, *means))):
+    if not all(map(math.isfinite, (*means, *(mean for run in windows for mean in run)))):
         raise WorkbenchError(f"no band of {name}: a loss was not finite in one of {SEEDS} seeds")
     whole = all(len(run.losses) >= run.steps_per_epoch for run in runs)
     band = Band(
         name=name,
-        steps=min(STEPS, len(runs[0].losses)),
-        loss=around(ends),
+        windows=tuple(map(around, zip(*windows, strict=True))),
         first_epoch=around(means) if whole else None,
         source=f"{SEEDS} seeds on {device}, core code {provenance.code_hash()}, {durable.now()[:10]}",
     )
@@ -99,9 +97,10 @@ def record(store: Store, spec: TrialSpec, *, name: str, epoch: bool, device: str
     return band
 
 
-def at_steps(values: Sequence[float]) -> float:
-    """Return the mean loss of the last `LAST` of the first `STEPS` steps, which is what `Band.loss` bounds."""
-    return fmean(values[:STEPS][-LAST:])
+def in_windows(values: Sequence[float]) -> list[float]:
+    """Return the mean of each window of the first steps, as `Band.windows` bounds them; the last may be shorter."""
+    first = values[:STEPS]
+    return [fmean(first[begin : begin + WINDOW]) for begin in range(0, len(first), WINDOW)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

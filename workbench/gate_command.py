@@ -39,9 +39,13 @@ def doctor(options: Namespace, *, write: Callable[[dict[str, Any], str], None], 
         device=options.device,
         tell=tell,
     )
-    low, high = band.loss
-    text = f"{band.name}: a loss of {low:.4g} to {high:.4g} after {band.steps} steps"
+    text = f"{band.name}: " + ", ".join(map(_told, band.windows)) + f" in windows of {bands.WINDOW} steps"
     if band.first_epoch is not None:
-        text += ", {:.4g} to {:.4g} over the first epoch".format(*band.first_epoch)
+        text += f", {_told(band.first_epoch)} over the first epoch"
     write(asdict(band), f"{text}; kept in {bands.own_file(store)}\n")
     return 0
+
+
+def _told(bounds: tuple[float, float]) -> str:
+    low, high = bounds
+    return f"{low:.4g} to {high:.4g}"
