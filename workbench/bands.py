@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from core import numerics
 from core.parts import scientific
 from workbench import durable, provenance
-from workbench.errors import WorkbenchError
+from workbench.errors import StoreError, WorkbenchError
 from workbench.store import Store
 from workbench.study import Plan, TrialSpec
 
@@ -56,12 +57,29 @@ def known(store: Store, spec: TrialSpec) -> Band | None:
     """Return the band of a training."""
     key = key_of(spec)
     for path in (own_file(store), SHIPPED):
-        found = (durable.read_json(path) or {"bands": {}})["bands"].get(key)
+        found = kept(path).get(key)
         if found is not None:
-            first = found["first_epoch"]
-            rest = {"windows": tuple(map(tuple, found["windows"])), "first_epoch": tuple(first) if first else None}
-            return Band(**{**found, **rest})
+            return _from_json(found, path)
     return None
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """Return the bands in a file by their keys, as they are there; none where there is no file or a damaged one."""
+    found = (durable.read_json(path) or {}).get("bands")
+    return found if isinstance(found, dict) else {}
+
+
+def _from_json(plain: dict[str, Any], path: Path) -> Band:
+    try:
+        first = plain["first_epoch"]
+        return Band(
+            name=plain["name"],
+            windows=tuple((float(low), float(high)) for low, high in plain["windows"]),
+            first_epoch=None if first is None else (float(first[0]), float(first[1])),
+            source=plain["source"],
+        )
+    except (*durable.UNUSABLE, IndexError) as error:
+        raise StoreError(f"{path}: a band cannot be read ({error!r}): remove the file and record it again") from error
 
 
 def around(values: Sequence[float]) -> tuple[float, float]:
@@ -92,8 +110,7 @@ def record(store: Store, spec: TrialSpec, *, name: str, epoch: bool, device: str
         source=f"{SEEDS} seeds on {device}, core code {provenance.code_hash()}, {durable.now()[:10]}",
     )
     path = own_file(store)
-    bands = (durable.read_json(path) or {"bands": {}})["bands"]
-    durable.write_json(path, {"bands": {**bands, key_of(spec): asdict(band)}})
+    durable.write_json(path, {"bands": {**kept(path), key_of(spec): asdict(band)}})
     return band
 
 

@@ -5,6 +5,7 @@ it ended, from the study's first registration on: what other studies had spent b
 end counts up to now while it runs, else up to the last sign of it.
 """
 
+import math
 import os
 import threading
 import time
@@ -39,11 +40,22 @@ def gpu_seconds(tried: Iterable[Attempt], *, until: float, since: float = 0.0) -
     """
     total = 0.0
     for attempt in tried:
-        began = datetime.fromisoformat(attempt.began_at).timestamp()
+        began = _moment(attempt.began_at)
         if began >= since:
             seconds = attempt.seconds if attempt.outcome is not None else max(0.0, until - began)
             total += gpus_of(attempt) * seconds
     return total
+
+
+def _moment(time_: str) -> float:
+    """Return a time of a record in seconds since the epoch; of one that cannot be read, that it has not come yet.
+
+    So an attempt whose beginning is damaged counts by its seconds, and one without an end not at all.
+    """
+    try:
+        return datetime.fromisoformat(time_).timestamp()
+    except (ValueError, TypeError):
+        return float("inf")
 
 
 class Meter:
@@ -54,7 +66,8 @@ class Meter:
         registered, _ = siblings.read_all(store.study_dir(plan).parent)
         self._trials = {trial_id for item in registered for _, trial_id in item.trials} | plan.specs.keys()
         first = min((item.registered_at for item in registered), default=None)
-        self._since = datetime.fromisoformat(first).timestamp() if first else 0.0
+        since = _moment(first) if first else 0.0
+        self._since = since if math.isfinite(since) else 0.0  # of a damaged file: rather too much counts
         self._settled: dict[str, tuple[object, float]] = {}  # of trials whose attempts have all ended
 
     def gpu_hours(self) -> float:

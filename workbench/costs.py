@@ -252,9 +252,18 @@ def probe_file(store: Store, plan: Plan) -> Path:
     return store.study_dir(plan) / "probe.json"
 
 
+def _cost_from_json(plain: dict[str, Any]) -> Cost:
+    seconds = {name: float(plain[name]) for name in ("seconds", "low", "high")}
+    sizes = {name: int(plain[name]) for name in ("memory_bytes", "disk_bytes")}
+    return Cost(**seconds, **sizes, source=str(plain["source"]))
+
+
 def _kept_probe(store: Store, plan: Plan, machine: Machine) -> dict[str, Cost] | None:
     kept = durable.read_json(probe_file(store, plan))
     if kept is None or kept.get("device") != machine.device:
         return None
-    costs = {name: Cost(**cost) for name, cost in kept["costs"].items()}
+    try:
+        costs = {name: _cost_from_json(cost) for name, cost in kept["costs"].items()}
+    except durable.UNUSABLE:  # as if it were not there: a probe is made again
+        return None
     return costs if costs.keys() >= {variant.name for variant in plan.study.variants} else None

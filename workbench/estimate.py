@@ -7,7 +7,7 @@ beside the plan with the time that it then took, so that a report can say how go
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,10 @@ def _start_seconds(results: StudyResults) -> float:
     """Return how long the last run of this study and profile took until its first trial trained."""
     folder = Store(results.runs, create=False).study_dir(results.plan).parent
     for path in sorted(folder.glob("*/last_run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        kept = durable.read_json(path)
-        if kept is not None and "start" in kept:
-            return float(kept["start"])
+        try:
+            return float((durable.read_json(path) or {})["start"])
+        except durable.UNUSABLE:
+            continue
     return START_SECONDS
 
 
@@ -171,7 +172,8 @@ def kept(folder: Path, found: Estimate, number: int, *, complete: Callable[[], b
 
 def calls(folder: Path) -> list[dict[str, Any]]:
     """Return the estimates kept in a plan's folder, oldest first."""
-    return (durable.read_json(folder / "estimate.json") or {"calls": []})["calls"]
+    found = (durable.read_json(folder / "estimate.json") or {}).get("calls")
+    return [call for call in found if isinstance(call, dict)] if isinstance(found, list) else []
 
 
 def errors(results: StudyResults) -> list[str]:
@@ -179,13 +181,18 @@ def errors(results: StudyResults) -> list[str]:
     folder = Store(results.runs, create=False).study_dir(results.plan)
     lines: dict[int, str] = {}
     for call in calls(folder):
-        if call["took_seconds"] is not None:
-            lines[call["look"]] = (
-                f"look {call['look']}: estimated {duration(call['seconds'])} for {call['to_run']} trials from "
-                f"{' and '.join(call['sources'])}, took {duration(call['took_seconds'])}: "
-                f"{_error(call['seconds'], call['took_seconds'])}"
-            )
+        with suppress(*durable.UNUSABLE, ZeroDivisionError):
+            if call["took_seconds"] is not None:
+                lines[int(call["look"])] = _line(call)
     return [line for _, line in sorted(lines.items())]
+
+
+def _line(call: dict[str, Any]) -> str:
+    return (
+        f"look {call['look']}: estimated {duration(call['seconds'])} for {call['to_run']} trials from "
+        f"{' and '.join(call['sources'])}, took {duration(call['took_seconds'])}: "
+        f"{_error(call['seconds'], call['took_seconds'])}"
+    )
 
 
 def _error(estimated: float, took: float) -> str:

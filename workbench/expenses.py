@@ -1,6 +1,7 @@
 """What a report says of expense: how good the estimate was, the GPU-hours, and a gate that was gone around."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from workbench import durable, estimate
 from workbench.budget import Meter
@@ -19,6 +20,14 @@ def facts(results: StudyResults) -> Iterator[str]:
     if spent:
         limit = f" of {cap:g}" if cap is not None else ""
         yield f"GPU-hours: {spent:.3g}{limit}, all attempts of the study at this profile counted."
-    gone_around = durable.read_json(store.study_dir(results.plan) / WITHOUT_GATE) or {"reasons": []}
-    for item in gone_around["reasons"]:
+    for item in gone_around(store.study_dir(results.plan)):
         yield f"Run without a gate since {item['at'][:10]}: {item['reason']}."
+
+
+def gone_around(folder: Path) -> list[dict[str, str]]:
+    """Return when and why a study was run without a gate, oldest first."""
+    found = (durable.read_json(folder / WITHOUT_GATE) or {}).get("reasons")
+    try:
+        return [{"at": str(item["at"]), "reason": str(item["reason"])} for item in found or ()]
+    except durable.UNUSABLE:  # somebody's hand: that it was run without is still to be said
+        return [{"at": "unknown", "reason": f"{WITHOUT_GATE} is damaged"}]

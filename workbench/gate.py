@@ -18,7 +18,7 @@ from core.recipes import DEFAULT
 from workbench import bands, durable, provenance
 from workbench.budget import Budget
 from workbench.errors import WorkbenchError
-from workbench.expenses import WITHOUT_GATE
+from workbench.expenses import WITHOUT_GATE, gone_around
 from workbench.labels import POINTS
 from workbench.plan import make_plan
 from workbench.published import PUBLISHED, Published
@@ -245,7 +245,14 @@ def missing(profile: str, specs: Mapping[str, TrialSpec], store: Store) -> str |
     kept = durable.read_json(_file(store, profile))
     if kept is None:
         return f"no gate of profile {profile} is on record"
-    if not kept["passed"]:
+    try:
+        return _mismatch(kept, profile, specs)
+    except durable.UNUSABLE:
+        return f"the gate of profile {profile} on record is damaged"
+
+
+def _mismatch(kept: dict[str, Any], profile: str, specs: Mapping[str, TrialSpec]) -> str | None:
+    if kept["passed"] is not True:
         failed = "; ".join(f"{check['name']}: {check['text']}" for check in kept["checks"] if not check["passed"])
         return f"the gate of profile {profile} was not passed ({failed})"
     identity = kept["identity"]
@@ -314,7 +321,7 @@ def _expected_hours(budget: Budget, *, until_decided: bool) -> float | None:
 def _go_around(budget: Budget, reason: str, say: Callable[[str], None]) -> None:
     """Say, and keep in the study's folder, what was known when the user went on."""
     say(f"Warning: {reason}; going on without a gate, which the report will say")
-    path = budget.store.study_dir(budget.plan) / WITHOUT_GATE
-    earlier = (durable.read_json(path) or {"reasons": []})["reasons"]
+    folder = budget.store.study_dir(budget.plan)
+    earlier = gone_around(folder)
     if reason not in [item["reason"] for item in earlier]:
-        durable.write_json(path, {"reasons": [*earlier, {"at": durable.now(), "reason": reason}]})
+        durable.write_json(folder / WITHOUT_GATE, {"reasons": [*earlier, {"at": durable.now(), "reason": reason}]})

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from workbench import cli, estimate, probe
+from workbench import cli, estimate, expenses, probe
 from workbench.costs import Machine, machine_for, probe_file, trial_costs
 from workbench.durable import write_json
 from workbench.errors import WorkbenchError
@@ -240,6 +240,26 @@ def test_an_estimate_of_a_run_that_was_stopped_has_no_error(toy_plan, store, toy
         pass
     assert [call["took_seconds"] for call in estimate.calls(folder)] == [None]
     assert estimate.errors(results) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", {"costs": 3}, {"calls": 3}, {"calls": [3, {}]}, {"reasons": [3]}])
+def test_damaged_files_are_no_source_and_stop_no_report(toy_plan, store, content):
+    """Whatever stands in the files of estimates, plan and report go on without; going without a gate is still said."""
+    folder = store.study_dir(toy_plan)
+    call = {"look": 1, "took_seconds": 3, "seconds": 0, "to_run": 1, "sources": []}
+    text = content if isinstance(content, str) else json.dumps({"format": 1, "device": "cpu", **content})
+    for name in ("probe.json", "estimate.json", "without_gate.json", "last_run.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    found = store.results_for(toy_plan)
+    expected = estimate.estimate(found, TWO)
+    assert (expected.costs, expected.start_seconds) == (None, estimate.START_SECONDS)
+    assert estimate.errors(found) == []
+    told = list(expenses.facts(found))
+    damaged = isinstance(content, dict) and "reasons" in content
+    assert told == (["Run without a gate since unknown: without_gate.json is damaged."] if damaged else [])
+    write_json(folder / "estimate.json", {"calls": [call]})
+    assert estimate.errors(found) == []  # nothing was estimated
 
 
 @pytest.mark.ci

@@ -16,7 +16,7 @@ from workbench import bands, cli, durable, gate, provenance, runner
 from workbench.bands import Band
 from workbench.budget import Budget
 from workbench.costs import Machine, probe_file
-from workbench.errors import WorkbenchError
+from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import StopRequest
 from workbench.gate import Asked
 from workbench.plan import make_plan
@@ -300,6 +300,15 @@ def _answer(folder, results):
     path.write_text(json.dumps(raw))
 
 
+def test_a_damaged_file_of_bands_is_told(asked, store, few_steps):
+    """A band that cannot be read names its file; a file that is no JSON holds none."""
+    with_band(store, gate.training(asked, "deformable"), windows=[3])
+    with pytest.raises(StoreError, match=r"bands\.json: a band cannot be read"):
+        passed(asked, store)
+    bands.own_file(store).write_text("{")
+    assert bands.known(store, gate.training(asked, "deformable")) is None
+
+
 # What run asks for
 
 
@@ -371,6 +380,7 @@ def test_a_gate_of_other_code_or_pictures_or_one_not_passed_does_not_match(asked
         ({"identity": {**kept["identity"], "code_hash": "0123"}}, "by other detector code (0123)"),
         ({"identity": {**kept["identity"], "numerics": 0}}, "by other detector code"),
         ({"identity": {**kept["identity"], "data_fingerprint": "x"}}, "on other pictures"),
+        ({"identity": None}, "is damaged"),
         ({"passed": False, "checks": [{"name": "loss", "passed": False, "text": "high"}]}, "not passed (loss: high)"),
     ):
         path.write_text(json.dumps({**kept, **change}))
