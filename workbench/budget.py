@@ -179,7 +179,7 @@ class Budget:
             chosen, first = _fitting(trials, hours, self._cap - spent), hours[0]
         if not chosen:
             needs = f", and the next trial needs about {first:.3g}" if first else ""
-            self._stop.ask(f"{self._spent(spent)}{needs}: no further trial is started. {_REMEDY}")
+            self._stop.limit(f"{self._spent(spent)}{needs}: no further trial is started. {_REMEDY}")
         return chosen
 
     def passed(self) -> str | None:
@@ -215,7 +215,7 @@ def watching(checks: Sequence[Callable[[], str | None]], stop: StopRequest) -> I
         while not done.wait(WATCH_SECONDS):
             reason = _first_reason(checks)
             if reason is not None:
-                stop.ask(reason)
+                stop.limit(reason)
                 return
 
     thread = threading.Thread(target=watch, name="limits", daemon=True)

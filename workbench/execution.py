@@ -54,7 +54,7 @@ class StopRequest:
         """Tell whether the driver is to stop."""
         return self.signal is not None or self.reason is not None
 
-    def ask(self, reason: str) -> None:
+    def limit(self, reason: str) -> None:
         """Ask for a stop in good order because a limit of the run is reached; the first reason counts."""
         if not self.requested():
             self.reason = reason

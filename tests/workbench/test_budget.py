@@ -265,6 +265,6 @@ def test_a_limit_that_cannot_be_watched_stops_the_run(stop, monkeypatch):
 
 def test_the_first_reason_to_stop_counts(stop):
     """A second limit, or one after a signal, changes nothing."""
-    stop.ask("first")
-    stop.ask("second")
+    stop.limit("first")
+    stop.limit("second")
     assert stop.reason == "first"
