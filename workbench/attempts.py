@@ -46,7 +46,9 @@ class Attempt:
         """Tell whether the attempt still goes on, as far as one look can tell."""
         if self.outcome is not None:
             return False
-        return self.worker.alive() if self.worker.is_here() else not lease.expired(beat_file(folder, self.number))
+        if self.worker.is_here():
+            return self.worker.alive()
+        return not lease.expired(beat_file(folder, self.number), last_sign=last_sign(folder, self.number))
 
 
 def read(folder: Path) -> tuple[Attempt, ...]:
@@ -112,7 +114,7 @@ def end(
 def end_for_dead(folder: Path, attempt: Attempt, *, outcome: Outcome, failure: FailureClass) -> None:
     """Record the end of an attempt whose process is dead: it lasted until its last sign of life."""
     began = datetime.fromisoformat(attempt.began_at).timestamp()
-    seconds = max(0.0, _last_sign(folder, attempt.number) - began)
+    seconds = max(0.0, last_sign(folder, attempt.number) - began)
     end(folder, attempt, outcome=outcome, seconds=seconds, cpu_seconds=0.0, failure=failure)
 
 
@@ -126,7 +128,7 @@ def beat_file(folder: Path, number: int) -> Path:
     return folder / "attempts" / f"{number:04d}.beat"
 
 
-def _last_sign(folder: Path, number: int) -> float:
+def last_sign(folder: Path, number: int) -> float:
     """When the worker last wrote something that we know of, in seconds since the epoch."""
     signs = [_path(folder, number), beat_file(folder, number), folder / "events.jsonl"]
     return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)

@@ -1,8 +1,8 @@
 """The command line. Results go to stdout, progress and warnings to stderr.
 
-Exit codes: 0 every planned trial is accounted for; 1 a trial failed; 2 bad input, nothing started; 3 somebody else runs
-the study; 130 and 143 interrupted. Modules are imported when their command needs them, so that `--help` and `check`
-answer at once.
+Exit codes: 0 every planned trial is accounted for; 1 a trial failed, or a gate is not passed; 2 bad input, nothing
+started; 3 somebody else runs the study; 4 stopped by a limit of the run; 130 and 143 interrupted. Modules are imported
+when their command needs them, so that `--help` and `check` answer at once.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--address", metavar="ADDR", help="of a running Ray cluster")
     run.add_argument("--allow-code", action="store_true", help="run the code that the study's custom parts name")
     run.add_argument("--on-end", metavar="COMMAND|URL", help="told how the run ended, as JSON by stdin or POST")
+    run.add_argument("--gpu-hours", type=_number, metavar="N", help="limit of all attempts of the study here")
+    run.add_argument("--without-gate", action="store_true", help="go on without a passed gate: docs/budget.md")
     run.add_argument("--wait", action="store_true", help="for another run of the same plan to end; else exit code 3")
 
     for name, wanted, text in (
@@ -69,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", _plan, "trials, differences, reachable effects and time", [selection, runs])
     plan.add_argument("--explain", action="store_true", help="also each key's value and where it was set")
+    plan.add_argument("--gpus", type=_number, metavar="N", help="as on a cluster with N GPUs in all")
+    plan.add_argument("--probe", action="store_true", help="train a few steps here where no trial is on record")
+    plan.add_argument("--allow-code", action="store_true", help="with --probe: run the code of custom parts")
     _json_option(plan)
 
     _command(commands, "check", _check, "validate study files at every profile", [selection], studies="+")
@@ -81,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
 
     _evaluate_options(commands)
+
+    _gate_options(commands, runs)
 
     sync = commands.add_parser("sync", help="bring MLflow up to the records", parents=[runs], allow_abbrev=False)
     sync.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
@@ -116,6 +123,26 @@ def _evaluate_options(commands: Any) -> None:
     parser.set_defaults(command=_evaluate)
 
 
+def _gate_options(commands: Any, runs: argparse.ArgumentParser) -> None:
+    text = "does this code, on this data, score what was published and learn as it should? docs/budget.md"
+    parser = commands.add_parser("doctor", help=text, description=text, parents=[runs], allow_abbrev=False)
+    parser.add_argument("--profile", metavar="P", required=True, help="the scale that is to be checked")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="an official file of DETR or Deformable DETR")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="COCO 2017")
+    parser.add_argument("--recipe", metavar="NAME", help="of a file whose tensors fit several")
+    parser.add_argument("--study", type=Path, metavar="STUDY", help="train its baseline, not the bare recipe")
+    parser.add_argument("--device", default="cpu", help="a torch device; default: cpu")
+    parser.add_argument(
+        "--record-band",
+        choices=("steps", "epoch"),
+        nargs="?",
+        const="epoch",
+        help="keep where the losses of several seeds lie, over 200 steps or the first epoch too (default)",
+    )
+    _json_option(parser)
+    parser.set_defaults(command=_doctor)
+
+
 def _command(
     commands: Any, name: str, command: Any, text: str, parents: list[Any], *, studies: str | None = None
 ) -> Any:
@@ -143,6 +170,13 @@ def _selection_options() -> argparse.ArgumentParser:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
 
 
 def _runs_option() -> argparse.ArgumentParser:
@@ -211,6 +245,8 @@ def _run(options: argparse.Namespace) -> int:
         allow_code=options.allow_code,
         wait=options.wait,
         on_end=options.on_end,
+        gpu_hours=options.gpu_hours,
+        without_gate=options.without_gate,
     )
     return run_study(plan, Store(options.runs), chosen, out=sys.stdout, err=sys.stderr)
 
@@ -227,10 +263,18 @@ def _plan(options: argparse.Namespace) -> int:
     results = _results(options)
 
     from workbench import forecast
+    from workbench.costs import machine_for
 
     for warning in results.plan.warnings:
         _write(sys.stderr, f"Warning: {warning}\n")
-    described = forecast.describe(results, explain=options.explain)
+    machine = machine_for(results.plan, gpus=options.gpus)
+    if options.probe:
+        from workbench.probe import probe_where_needed
+
+        probe_where_needed(
+            results, machine, allow_code=options.allow_code, tell=lambda line: _write(sys.stderr, f"{line}\n")
+        )
+    described = forecast.describe(results, explain=options.explain, machine=machine)
     _write_result(options, described, forecast.as_text(described))
     return 0
 
@@ -302,6 +346,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     described = evaluate(options, tell=lambda line: _write(sys.stderr, f"{line}\n"))
     _write_result(options, described, as_text(described))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from workbench.gate_command import doctor
+
+    return doctor(
+        options,
+        write=lambda described, text: _write_result(options, described, text),
+        tell=lambda line: _write(sys.stderr, f"{line}\n"),
+    )
 
 
 def _sync(options: argparse.Namespace) -> int:

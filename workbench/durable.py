@@ -86,6 +86,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return plain
 
 
+UNUSABLE = (KeyError, TypeError, ValueError, AttributeError)
+"""What the use of a JSON file of ours raises whose values are not what they should be: it counts as damaged."""
+
+
 def stamp(path: str | Path) -> tuple[int, int, int] | None:
     """Return what changes when a file is written or replaced; None where there is none."""
     try:

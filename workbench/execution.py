@@ -44,6 +44,7 @@ class StopRequest:
     def __init__(self, path: Path, *, announce: Callable[[str], None]) -> None:
         self.path = path
         self.signal: int | None = None  # that the exit code is to tell of
+        self.reason: str | None = None  # of a stop that no signal asked for
         self._announce = announce
 
     @contextmanager
@@ -68,13 +69,20 @@ class StopRequest:
 
     def requested(self) -> bool:
         """Tell whether the driver is to stop."""
-        if self.signal is None and wish(self.path) == "stop":
+        if self.signal is None and self.reason is None and wish(self.path) == "stop":
             self.signal = signal.SIGTERM
-        return self.signal is not None
+        return self.signal is not None or self.reason is not None
+
+    def limit(self, reason: str) -> None:
+        """Ask for a stop in good order because a limit of the run is reached; the first reason counts."""
+        if not self.requested():
+            self.reason = reason
+            ask(self.path, "stop")
+            self._announce("Stopping: a limit of this run is reached; each trial writes a checkpoint.")
 
     def paused(self) -> bool:
         """Tell whether the driver is to wait, with no trial at work, until the wish is withdrawn."""
-        return self.signal is None and wish(self.path) == "pause"
+        return self.signal is None and self.reason is None and wish(self.path) == "pause"
 
     def stop(self) -> None:
         """Stop in good order, as SIGTERM does."""

@@ -2,29 +2,32 @@
 
 import json
 from dataclasses import asdict
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 from workbench import stats
+from workbench.costs import Machine, machine_for
 from workbench.differences import differences
+from workbench.estimate import estimate
 from workbench.evidence import gather
-from workbench.labels import POINTS
+from workbench.labels import POINTS, duration
 from workbench.records import StudyResults
 from workbench.search import outcomes, own_variants
 from workbench.study import FEWEST_SEEDS, Look
 
 DONE = ("finished", "diverged")
+GIGA = 1e9
 
 
-def describe(results: StudyResults, *, explain: bool = False) -> dict[str, Any]:
+def describe(results: StudyResults, *, explain: bool = False, machine: Machine | None = None) -> dict[str, Any]:
     """Return the plan as JSON values; effects are fractions, or multiples of the unknown sd where `sd` is null.
 
-    `explain` adds `settings`: each variant's keys with value and the layer that set it.
+    `explain` adds `settings`: each variant's keys with value and the layer that set it. `machine`: where the trials
+    will run; this one by default.
     """
     plan, study = results.plan, results.plan.study
     baseline = study.variants[0]
-    seconds = [record.total_seconds for record in results.records.values() if record.state == "finished"]
-    to_go = {trial.trial_id for trial in plan.at_look(study.looks[0]) if not _done(results, trial.trial_id)}
+    expected = estimate(results, machine or machine_for(plan))
     described: dict[str, Any] = {
         "study": study.name,
         "profile": study.profile,
@@ -45,14 +48,12 @@ def describe(results: StudyResults, *, explain: bool = False) -> dict[str, Any]:
             }
             for trial in plan.trials
         ],
-        "cost": {
-            "seconds_per_trial": fmean(seconds) if seconds else None,
-            "seconds_to_first_look": fmean(seconds) * len(to_go) if seconds else None,
-        },
+        "cost": asdict(expected),
         "warnings": list(plan.warnings),
     }
     if study.search is not None:
-        described |= _of_search(results, seconds)
+        described |= _of_search(results)
+        described["cost"]["looks"] = []
     if explain:
         described["settings"] = {
             name: {key: {"value": value, "set_by": where} for key, (value, where) in keys.items()}
@@ -61,18 +62,17 @@ def describe(results: StudyResults, *, explain: bool = False) -> dict[str, Any]:
     return described
 
 
-def _of_search(results: StudyResults, seconds: list[float]) -> dict[str, Any]:
+def _of_search(results: StudyResults) -> dict[str, Any]:
     """Return what differs for a search: no look, and trials that are not known before they are suggested."""
     search = results.plan.study.search
     assert search is not None  # the caller has looked
     found = outcomes(results)
-    left = sum(search.configurations - outcome.over for outcome in found.values())
     return {
         "looks": [],
-        "search": {**asdict(search), "over": {name: outcome.over for name, outcome in found.items()}},
-        "cost": {
-            "seconds_per_trial": fmean(seconds) if seconds else None,
-            "seconds_to_first_look": fmean(seconds) * left if seconds else None,
+        "search": {
+            **asdict(search),
+            "over": {name: outcome.over for name, outcome in found.items()},
+            "complete": all(outcome.over == search.configurations for outcome in found.values()),
         },
     }
 
@@ -121,18 +121,17 @@ def as_text(described: dict[str, Any]) -> str:
         described["question"],
         "",
     ]
-    for number, look in enumerate(described["looks"], start=1):
+    for number, (look, cost) in enumerate(zip(described["looks"], described["cost"]["looks"], strict=True), start=1):
         counts = f"{look['trials']} trials, {look['finished']} of them finished"
-        lines.append(f"look {number}: {look['seeds']} seeds, alpha {look['alpha']:g}: {counts}")
+        lines.append(f"look {number}: {look['seeds']} seeds, alpha {look['alpha']:g}: {counts}{_look_cost(cost)}")
     if "search" in described:
         search = described["search"]
         over = ", ".join(f"{count} of {name}" for name, count in search["over"].items())
         lines.append(
             f"search ({search['method']}, {search['scheduler']}): {search['configurations']} configurations for each "
-            f"variant by {search['metric']}; over: {over}"
+            f"variant by {search['metric']}; over: {over}" + ("; the search is complete" if search["complete"] else "")
         )
-    what = "the search" if "search" in described else "look 1"
-    lines += [_cost(described["cost"], what=what), "", *_variants(described), ""]
+    lines += [*_costs(described["cost"]), "", *_variants(described), ""]
     for number, look in enumerate(described["looks"], start=1):
         if look["reachable"]:
             lines += [*_reach(number, look["reachable"]), ""]
@@ -141,12 +140,41 @@ def as_text(described: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cost(cost: dict[str, Any], *, what: str) -> str:
-    if cost["seconds_per_trial"] is None:
-        return "time: not known before a trial has finished"
-    per_trial, to_go = cost["seconds_per_trial"], cost["seconds_to_first_look"]
-    rest = f"{to_go / 60:.0f} min of trial time to the end of {what}" if to_go else f"{what} is complete"
-    return f"time: {per_trial:.0f} s a trial so far; {rest}"
+def _look_cost(cost: dict[str, Any]) -> str:
+    if not cost["to_run"]:
+        return "; complete"
+    if cost["seconds"] is None:
+        return ""
+    disk = "" if cost["disk_bytes"] is None else f", {cost['disk_bytes'] / GIGA:.2f} GB of disk"
+    return (
+        f"; {cost['to_run']} to run in {_range(cost['seconds'], cost['low'], cost['high'])}, "
+        f"{cost['gpu_hours']:.3g} GPU-hours{disk}"
+    )
+
+
+def _costs(cost: dict[str, Any]) -> list[str]:
+    """Return what a trial of each variant costs and where that is known from."""
+    machine = cost["machine"]
+    where = "a GPU" if machine["gpus"] == 1 else f"{machine['gpus']:g} GPUs" if machine["gpus"] else "the CPU"
+    lines = [f"this machine cannot run it: {machine['note']}"] if machine["note"] else []
+    if cost["costs"] is None:
+        return [*lines, f"time, memory and disk on {where}: not known; add --probe to measure a few steps"]
+    lines.append(f"a trial on {where}, {machine['at_once']} at once:")
+    width = max(map(len, cost["costs"]))
+    for name, each in cost["costs"].items():
+        parts = [_range(each["seconds"], each["low"], each["high"])]
+        if each["memory_bytes"] is not None:
+            kind = "memory" if machine["device"] == "cpu" else "GPU memory"
+            parts.append(f"{each['memory_bytes'] / GIGA:.2f} GB of {kind}")
+        if each["disk_bytes"] is not None:
+            parts.append(f"{each['disk_bytes'] / GIGA:.3f} GB of disk")
+        lines.append(f"  {name:{width}}  {', '.join(parts)}; from {each['source']}")
+    return lines
+
+
+def _range(seconds: float, low: float, high: float) -> str:
+    spread = f" ({duration(low)} to {duration(high)})" if duration(low) != duration(high) else ""
+    return f"{duration(seconds)}{spread}"
 
 
 def _variants(described: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How scores are written on screens and in reports: their names and their unit. A leaf."""
+"""How scores and times are written on screens and in reports. A leaf."""
 
 POINTS = 100  # to an AP point; files hold fractions
 
@@ -10,3 +10,12 @@ METRICS = {
     "ap_medium": "AP medium",
     "ap_large": "AP large",
 }
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 45 s, 12 min 30 s, 3 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

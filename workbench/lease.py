@@ -115,18 +115,13 @@ def silent_for(path: Path) -> float:
     return now - since
 
 
-def expired(path: Path) -> bool:
+def expired(path: Path, *, last_sign: float) -> bool:
     """Tell whether the holder counts as dead: silent for too long, or so old that no difference of clocks explains it.
 
-    The second is a guess from file times, good enough to show; who takes something over waits for silence.
+    The second goes by file times (`last_sign`, seconds since the epoch), good enough to show; who takes something over
+    waits for silence.
     """
-    if silent_for(path) >= EXPIRY_SECONDS:
-        return True
-    try:
-        age = time.time() - path.stat().st_mtime
-    except OSError:
-        return False
-    return age > EXPIRY_SECONDS + CLOCKS_DIFFER_SECONDS
+    return silent_for(path) >= EXPIRY_SECONDS or time.time() - last_sign > EXPIRY_SECONDS + CLOCKS_DIFFER_SECONDS
 
 
 def _read(path: Path) -> bytes:

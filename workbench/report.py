@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from core.metrics import Metrics
-from workbench import commands, report_formats, search_report, tuned
-from workbench.labels import METRICS, POINTS
+from workbench import commands, expenses, report_formats, search_report, tuned
+from workbench.labels import METRICS, POINTS, duration
 from workbench.records import StudyResults, TrialRecord, Verdict
 from workbench.report_contents import ClaimLines, Contents, Table
 from workbench.study import Claim, Parameters
@@ -228,6 +228,7 @@ def _facts(results: StudyResults) -> Iterable[str]:
     outcomes = ", ".join(f"{count} {state}" for state, count in Counter(record.state for record in records).items())
     cost = duration(sum(record.total_seconds for record in records))
     yield f"Cost: {cost} of worker time in {len(records)} trials" + (f" ({outcomes})." if outcomes else ".")
+    yield from expenses.facts(results)
     lines = list(dict.fromkeys(line for record in records for line in _left_out(record)))
     yield "Left out of the data: " + ("; ".join(lines) if lines else "nothing") + "."
     provenances = [record.result["provenance"] for record in records if record.result and "provenance" in record.result]
@@ -256,12 +257,3 @@ def _software(provenance: dict[str, Any]) -> str:
     revision = (provenance.get("git_revision") or "unknown")[:12]
     changed = " with local changes" if provenance.get("git_dirty") else ""
     return f"revision {revision}{changed}, core code {provenance['code_hash']}, torch {provenance['torch']}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: 45 s, 12 min 30 s, 3 h 05 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -4,19 +4,18 @@ The same command is always the right recovery: what is finished is not run again
 failed is tried once more.
 """
 
-import os
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from core.model import kernel
-from workbench import commands, durable, hook, report
+from workbench import commands, durable, gate, hook, report
 from workbench.attempts import Attempt, end_for_dead
+from workbench.budget import Budget, watching
+from workbench.costs import machine_of
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
@@ -25,6 +24,7 @@ from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
 from workbench.retrying import canary_says, own_attempts
+from workbench.screen import failure_lines, kept, line_to
 from workbench.searching import Searching
 from workbench.spending import spent
 from workbench.store import STOP_FILE, Store
@@ -36,6 +36,7 @@ from workbench.verdict import judge
 
 Executor = Literal["ray", "inline"]
 
+LIMIT_REACHED = 4  # exit code: stopped in good order by a limit of the run
 WAIT_SECONDS = 2.0  # between looks at a trial that another driver runs
 
 
@@ -51,6 +52,8 @@ class Options:
     allow_code: bool = False  # run the code of custom parts; without it a study that has some is refused
     wait: bool = False  # for another driver of the same plan to end, rather than leave at once
     on_end: str | None = None  # a command or URL that is told how the run ended
+    gpu_hours: float | None = None  # limit of the study at its profile, all attempts counted; None: the study's own
+    without_gate: bool = False  # go on without a passed gate, and whatever the baseline's first epoch says
     trainer: Trainer | None = None  # the detector's code, which travels to the trials' processes; None: `core`
 
 
@@ -77,11 +80,12 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
     except OSError as error:
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
     ref = store.register(plan, source=source)
-    with _kept(err) as screen, store.lock(ref, wait=_line_to(screen) if options.wait else None) as hold:
+    with kept(err) as screen, store.lock(ref, wait=line_to(screen) if options.wait else None) as hold:
         uri = options.tracking_uri or plan.study.tracking_uri
-        mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
+        mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
         run = _kind_of_run(plan)(plan, store, ref, mirror, options=options, err=screen)
         hold.on_loss(run.stop_superseded)
+        run.require_gate()
         try:
             with run.stop.listening():
                 code = run.looks()
@@ -114,7 +118,7 @@ class Run:
     ) -> None:
         self.plan, self.store, self.ref, self.mirror = plan, store, ref, mirror
         self.options, self.err = options, err
-        self.say = _line_to(err)
+        self.say = line_to(err)
         self.began = time.monotonic()
         self.driver = Process.current(command=durable.now())
         self.tried: set[str] = set()  # trials that this driver has given to its executor
@@ -122,6 +126,25 @@ class Run:
         self.stop = StopRequest(ref.path / STOP_FILE, announce=self._announce_stop)
         self.progress: Progress | None = None
         self.searching: Searching | None = None  # where configurations are suggested while trials run
+        self.budget = Budget(
+            plan,
+            store,
+            machine=machine_of(plan, self.resources, at_once=self._slots()),
+            gpu_hours=options.gpu_hours,
+            stop=self.stop,
+            say=self.say,
+        )
+        self.budget_seconds = options.budget_seconds or plan.study.budget_seconds
+
+    def require_gate(self) -> None:
+        """Refuse a dear study that has no passed gate."""
+        gate.require(
+            self.budget,
+            until_decided=self.options.until_decided,
+            without_gate=self.options.without_gate,
+            allow_code=self.options.allow_code,
+            say=self.say,
+        )
 
     def looks(self) -> int:
         """Complete look after look; return the exit code."""
@@ -133,6 +156,8 @@ class Run:
             if self.stop.signal is not None:
                 return 128 + self.stop.signal
             results = self.judge()
+            if self.stop.reason is not None:
+                return LIMIT_REACHED
             if any(not self._over(trial) for trial in trials):
                 return 1
             if not self.options.until_decided or not self._another_look(results, number):
@@ -183,8 +208,11 @@ class Run:
         failed = [trial for trial in self.plan.trials if self.store.state(trial.trial_id) == "failed"]
         if code == 1:
             for trial in failed:
-                self._say_failure(trial)
+                for line in failure_lines(self.store, trial):
+                    self.say(line)
             self.say(f"Failed trials are tried again by the same command: {command}")
+        elif code == LIMIT_REACHED:
+            self.say(f"{self.stop.reason}. Nothing that was finished is lost. To go on, with what is said: {command}")
         elif code:
             self.say(f"Interrupted; nothing that was finished is lost. To go on: {command}")
         else:
@@ -200,11 +228,13 @@ class Run:
         if self.options.executor == "ray":
             from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
         self.mirror.start()
-        with self.progress.showing():
+        checks = (self.budget.passed, gate.watch(self.budget, without_gate=self.options.without_gate, say=self.say))
+        expected = self.budget.look(number, budget_seconds=self.budget_seconds)
+        with expected, self.progress.showing(), watching(checks, self.stop):
             while not self.stop.requested():
                 if self.stop.paused():
                     self._wait_out_pause()
-                elif candidates := self._candidates(trials):
+                elif candidates := self.budget.affordable(self._candidates(trials)):
                     if not self._execute(candidates):
                         return
                 elif self._elsewhere(trials):
@@ -291,22 +321,14 @@ class Run:
         return complete(self.store.record(trial.trial_id), self.plan.specs[trial.trial_id])
 
     def _another_look(self, results: StudyResults, number: int) -> bool:
-        budget_seconds = self.options.budget_seconds or self.plan.study.budget_seconds
         undecided = [verdict.claim for verdict in results.verdicts if commands.wants_seeds(results, verdict)]
         if not undecided:
             return False
-        new = [trial for trial in self.plan.at_look(self.plan.study.looks[number]) if not self._over(trial)]
-        known = [record.total_seconds for record in results.records.values() if record.state == "finished"]
-        expected = len(new) * sum(known) / max(1, len(known)) / self.resources.concurrency
-        elapsed = time.monotonic() - self.began
-        if new and budget_seconds is not None and elapsed + expected > budget_seconds:
-            needs, left = report.duration(expected), report.duration(max(0.0, budget_seconds - elapsed))
-            self.say(
-                f"Undecided: {', '.join(undecided)}. The next look needs about {needs}, and {left} of the budget are "
-                "left: raise --budget to go on."
-            )
-            return False
-        return True
+        spent = time.monotonic() - self.began
+        reason = self.budget.refuses_look(number + 1, spent=spent, budget_seconds=self.budget_seconds)
+        if reason is not None:
+            self.say(f"Undecided: {', '.join(undecided)}. {reason}: raise --budget to go on.")
+        return reason is None
 
     def _slots(self) -> int:
         return self.resources.concurrency if self.options.executor == "ray" else 1
@@ -356,31 +378,3 @@ class Run:
             kernel.choose(lambda _: None, tell=self.say)
         except (ValueError, kernel.KernelProblem) as error:
             raise WorkbenchError(str(error)) from error
-
-    def _say_failure(self, trial: PlannedTrial) -> None:
-        error = self.store.record(trial.trial_id).error or {}
-        self.say(f"{trial.variant} seed {trial.seed} ({trial.trial_id}) failed: {error.get('class')}")
-        trace = [] if error.get("class") == "bad_config" else error.get("traceback", "").strip().splitlines()
-        for line in trace[-4:] or [error.get("message", "")]:  # a message for users says more than where it was raised
-            self.say(f"    {line}")
-        self.say(f"    {self.store.trial_dir(trial.trial_id) / 'error.json'}")
-
-
-@contextmanager
-def _kept(stream: TextIO) -> Iterator[TextIO]:
-    """Give a stream of our own to where `stream` writes: while Ray runs, what anybody prints goes to a file."""
-    try:
-        number = os.dup(stream.fileno())
-    except (OSError, ValueError):  # a stream in memory
-        yield stream
-        return
-    with os.fdopen(number, "w", encoding="utf-8", errors="replace") as own:
-        yield own
-
-
-def _line_to(stream: TextIO) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        stream.write(line + "\n")
-        stream.flush()
-
-    return say

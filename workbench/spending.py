@@ -8,8 +8,8 @@ from itertools import pairwise
 from core.events import CheckpointSaved, EpochFinished, TrainingStarted
 from workbench import attempts
 from workbench.durable import StampedEvent
+from workbench.labels import duration
 from workbench.processes import Process
-from workbench.report import duration
 from workbench.store import Store
 
 

@@ -3,6 +3,9 @@
 import pytest
 
 from workbench import forecast, stats
+from workbench.costs import Machine
+
+HERE = Machine(device="cpu", at_once=2)
 
 
 def test_before_anything_ran_effects_are_in_sd(fake_results):
@@ -15,32 +18,34 @@ def test_before_anything_ran_effects_are_in_sd(fake_results):
     reach = described["looks"][0]["reachable"]
     assert reach["effect_in_sd"] == pytest.approx(stats.reachable(5, 1.0, 0.03).effect)
     assert reach["claims"][0]["sd"] is None
-    assert described["cost"] == {"seconds_per_trial": None, "seconds_to_first_look": None}
+    assert described["cost"]["costs"] is None
+    assert {look["seconds"] for look in described["cost"]["looks"]} == {None}
     text = forecast.as_text(described)
     assert "look 1: 5 seeds, alpha 0.03: 10 trials, 0 of them finished" in text
-    assert "time: not known before a trial has finished" in text
+    assert "time, memory and disk on the CPU: not known; add --probe to measure a few steps" in text
     assert "look 1 can show a difference of 1.95 sd" in text
 
 
 def test_finished_pairs_give_effects_in_points_and_time(fake_results):
     """The sd of the finished pairs turns the reachable effects into AP, and their time gives the time to go."""
     results = fake_results({"base": [0.30, 0.32, 0.31], "other": [0.33, 0.34, 0.36]})
-    described = forecast.describe(results)
+    described = forecast.describe(results, machine=HERE)
     first = described["looks"][0]
     (claim,) = first["reachable"]["claims"]
     assert (claim["pairs"], first["finished"]) == (3, 6)
     assert claim["sd"] == pytest.approx(0.01527525)
     assert claim["effect"] == pytest.approx(0.01527525 * first["reachable"]["effect_in_sd"])
-    assert described["cost"] == {"seconds_per_trial": 88.0, "seconds_to_first_look": 4 * 88.0}
+    assert [look["seconds"] for look in described["cost"]["looks"]] == [10 + 2 * 88, 10 + 2 * 88 + 10 + 5 * 88]
     text = forecast.as_text(described)
-    assert "time: 88 s a trial so far; 6 min of trial time to the end of look 1" in text
+    assert "look 1: 5 seeds, alpha 0.03: 10 trials, 6 of them finished; 4 to run in 3 min 06 s, 0 GPU-hours" in text
+    assert "a trial on the CPU, 2 at once:\n  base   1 min 28 s; from 3 trials of the variant\n" in text
     assert "margin 2 points; a difference of 2.98, equivalence within 2.82 points (sd 1.53 from 3 pairs)" in text
 
 
 def test_complete_look_has_no_time_to_go(fake_results):
-    """When every trial of the first look has ended, the time says so."""
+    """When every trial of the first look has ended, its line says so."""
     described = forecast.describe(fake_results({"base": [0.3] * 5, "other": [0.31] * 5}))
-    assert "time: 88 s a trial so far; look 1 is complete" in forecast.as_text(described)
+    assert "look 1: 5 seeds, alpha 0.03: 10 trials, 10 of them finished; complete" in forecast.as_text(described)
 
 
 def test_too_few_seeds_promise_nothing(fake_results):
