@@ -251,7 +251,7 @@ class _Actor(tune.Trainable):
         self._begun, self._told = False, 0
 
     def _begin(self) -> None:
-        """Start what is left to do; of a trial that is over, or that this search has stopped before, that is nothing."""
+        """Start what is left to do, which is nothing of a trial that is over or that this search has stopped before."""
         self._begun = True
         record = self._store.record(self._spec.trial_id)
         if complete(record, self._spec) or was_stopped(record, self._task.plan.plan_hash):
