@@ -55,7 +55,7 @@ def search(job: Job, searching: Searching, folder: Path) -> None:
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_Actor, task=task), _per_trial(job)),
         tune_config=tune.TuneConfig(
-            search_alg=_Source(searching, known, stopping=job.stop.requested),
+            search_alg=_Source(searching, known, stopping=job.stop.path.exists),
             scheduler=_Asha(searching) if asha else FIFOScheduler(),
             num_samples=len(known) + num_new,
             max_concurrent_trials=None if job.address else job.resources.concurrency,
