@@ -28,7 +28,7 @@ from workbench.runner import Options, run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 plan = make_plan(load_study(Path(sys.argv[1]), Selection(profile="smoke", sets=SETS)))
-options = Options(trainer=RatedTrainer(seconds=0.06), tracking_uri="http://127.0.0.1:9")
+options = Options(trainer=RatedTrainer(seconds=0.12), tracking_uri="http://127.0.0.1:9")
 sys.exit(run_study(plan, Store(Path(sys.argv[2])), options, out=sys.stdout, err=sys.stderr))
 """
 
@@ -84,7 +84,7 @@ def test_asha_and_optuna_go_on_after_a_kill(tmp_path):
         steps = executed(store.trial_dir(row["trial_id"]))
         assert sorted(set(steps)) == list(range(1, max(steps) + 1))
         assert len(steps) <= max(steps) + 4  # at most one checkpoint interval again, and only for what the kill struck
-        assert (max(steps) == 16) is (row["state"] == "finished")
+        assert max(steps) == 16 or row["state"] == "interrupted"  # perhaps between its last step and its score
     assert "Best of" in out
     assert "stopped at epoch" in err
     began = time.monotonic()

@@ -43,7 +43,7 @@ def search(job: Job, searching: Searching, folder: Path) -> None:
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_Actor, task=task, plan=searching.base), _per_trial(job)),
         tune_config=tune.TuneConfig(
-            search_alg=_Source(searching, known, stopping=job.stop.requested),
+            search_alg=_Source(searching, known, stopping=job.stop.path.exists),
             scheduler=_Asha(searching) if asha else FIFOScheduler(),
             num_samples=len(known) + num_new,
             max_concurrent_trials=None if job.address else job.resources.concurrency,
@@ -225,7 +225,7 @@ class _Actor(tune.Trainable):
         self._begun, self._told = False, 0
 
     def _begin(self) -> None:
-        """Start what is left to do; of a trial that is over, or that this search has stopped, that is nothing."""
+        """Start what is left to do, which is nothing of a trial that is over or that this search has stopped before."""
         self._begun = True
         record = self._store.record(self._spec.trial_id)
         if complete(record, self._spec) or was_stopped(record, self._plan.plan_hash):
