@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench import durable
+from workbench import checks, durable
 from workbench.errors import BusyError
 from workbench.processes import Process
 
@@ -44,7 +44,7 @@ class Attempt:
 def read(folder: Path) -> tuple[Attempt, ...]:
     """Return the attempts recorded in a trial's folder, oldest first; a damaged file counts as an attempt that died."""
     paths = sorted((folder / "attempts").glob("[0-9]*.json"))
-    return tuple(_from_json(int(path.stem), durable.read_json(path)) for path in paths)
+    return tuple(_from_json(int(path.stem), checks.attempt(durable.read_json(path))) for path in paths)
 
 
 def begin(folder: Path, *, driver: Process | None) -> Attempt:

@@ -6,6 +6,7 @@ failed is tried once more.
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
@@ -15,10 +16,11 @@ from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from core.model import kernel
-from workbench import commands, report
+from workbench import commands, disk, report
 from workbench.attempts import read as read_attempts
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
+from workbench.housekeeping import Housekeeping
 from workbench.mlflow_mirror import Mirror
 from workbench.processes import Process
 from workbench.progress import Progress
@@ -73,7 +75,7 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
         run = _Run(plan, store, ref, mirror, options=options, err=screen)
-        with run.stop.listening():
+        with run.stop.listening(), disk.told_when_full(store.root):
             code = run.looks()
             if run.stop.signal is None:
                 out.write(run.report())
@@ -98,6 +100,7 @@ class _Run:
         self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
         self.progress: Progress | None = None
+        self.house = Housekeeping(store, plan, say=self._announce_stop)
 
     def looks(self) -> int:
         """Complete look after look; return the exit code."""
@@ -163,12 +166,13 @@ class _Run:
         """Run what is outstanding until every trial of the look has ended, here or under another driver."""
         if not self._candidates(trials) and not self._elsewhere(trials):
             return
+        self.house.prepare(self._candidates(trials), at_once=self._slots())
         self._say_start(number, trials)
         self.progress = Progress(self.store, trials, concurrency=self._slots(), stream=self.err)
         if self.options.executor == "ray":
             from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
         self.mirror.start()
-        with self.progress.showing():
+        with self.progress.showing(), self.house.watching(self._stop_for_disk):
             while not self.stop.requested():
                 if candidates := self._candidates(trials):
                     self._execute(candidates)
@@ -195,6 +199,7 @@ class _Run:
             from workbench.ray_executor import run_on_ray  # Ray takes seconds, and a complete study needs none
 
             run_on_ray(job)
+        self.house.keep_quota()
         if not self.stop.requested():
             self._record_lost(trials)
 
@@ -213,6 +218,11 @@ class _Run:
                 step=self.store.record(trial.trial_id).step,
                 trace="",
             )
+
+    def _stop_for_disk(self, line: str) -> None:
+        self._announce_stop(line)
+        self.stop.signal = self.stop.signal or signal.SIGTERM
+        self.stop.path.touch()
 
     def _candidates(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
         """Return the trials to run now, in order: each is started once by a command."""

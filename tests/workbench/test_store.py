@@ -299,7 +299,7 @@ def test_a_settled_trial_is_read_again_only_when_it_changes(store, toy_plan, toy
     trial_id = toy_plan.trials[0].trial_id
     run_all(toy_plan, store, toy_trainer())
     long_ago = time.time() - 60
-    for path in (store.trial_dir(trial_id), *store.trial_dir(trial_id).iterdir()):
+    for path in (store.trial_dir(trial_id), *store.trial_dir(trial_id).rglob("*")):
         os.utime(path, (long_ago, long_ago))
     known = store.record(trial_id)
     assert store.record(trial_id) is known
