@@ -107,12 +107,12 @@ def error(plain: Plain | None) -> Plain | None:
 
 def evaluation(plain: Plain | None, eval_id: str) -> Plain | None:
     """Return the metrics.json of an evaluation; None for any other content."""
-    found = _valid(_EVALUATION, plain)
-    if plain is None or found is None or plain.get("eval_id") != eval_id:
+    if plain is None or _valid(_EVALUATION, plain) is None or plain.get("eval_id") != eval_id:
         return None
-    scores = [*found["metrics"].numbers().values()]
-    scores += [value for named in found["metrics"].per_class.values() for value in named.values() if value is not None]
-    return plain if all(0 <= score <= 1 for score in scores) else None
+    found = Metrics.from_json(plain["metrics"])
+    scores = [*found.numbers().values(), *(value for named in found.per_class.values() for value in named.values())]
+    good = all(score is None or (type(score) in (int, float) and 0 <= score <= 1) for score in scores)
+    return plain if good else None
 
 
 def scoring_seconds(plain: Plain | None) -> float:
@@ -153,4 +153,4 @@ def _can_be(value: Any) -> bool:
         return all(map(_can_be, value.values()))
     if isinstance(value, list):
         return all(map(_can_be, value))
-    return not isinstance(value, int | float) or (math.isfinite(value) and abs(value) <= 2**53)
+    return not isinstance(value, int | float) or (abs(value) <= 2**53 and math.isfinite(value))

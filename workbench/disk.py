@@ -195,8 +195,8 @@ def watched(runs: Path, *, on_low: Callable[[str], None], also: Callable[[], Non
 
 
 @contextmanager
-def told_when_full(runs: Path) -> Iterator[None]:
-    """Say in one line that the disk is full, instead of a traceback, where a driver could not write within the block.
+def in_words(runs: Path) -> Iterator[None]:
+    """Say in one line what the file system refused within the block, instead of a traceback.
 
     Raises:
         StoreError: instead of the system's error.
@@ -204,11 +204,13 @@ def told_when_full(runs: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        full = error.errno in FULL
+        if not full and not str(error.filename or "").startswith(str(runs)):
             raise
+        remedy = "make room (docs/records.md tells of the quota)" if full else "mend that"
         raise StoreError(
-            f"{error.filename or runs}: {(error.strerror or 'no room').lower()}. What is on record is whole; make room "
-            "(see the quota in docs/records.md), then give the same command again"
+            f"{error.filename or runs}: {(error.strerror or '').lower()}. What is on record is whole; {remedy}, then "
+            "give the same command again"
         ) from error
 
 

@@ -70,12 +70,13 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         source = plan.study.path.read_text(encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
-    ref = store.register(plan, source=source)
+    with disk.in_words(store.root):
+        ref = store.register(plan, source=source)
     with store.lock(ref), _kept(err) as screen:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=_line_to(screen))
         run = _Run(plan, store, ref, mirror, options=options, err=screen)
-        with run.stop.listening(), disk.told_when_full(store.root):
+        with run.stop.listening(), disk.in_words(store.root):
             code = run.looks()
             if run.stop.signal is None:
                 out.write(run.report())

@@ -146,7 +146,7 @@ class Store:
             runs=self.root,
             records=records,
             verdicts=checks.verdicts(durable.read_json(folder / "verdicts.json")),
-            looks_started=len(checks.looks(durable.read_json(folder / "looks.json"))),
+            looks_started=min(len(checks.looks(durable.read_json(folder / "looks.json"))), len(plan.study.looks)),
             post_hoc=_post_hoc(plan, records, registered),
             looked_before=siblings.looked_before(plan, registered),
             unreadable=unreadable,
