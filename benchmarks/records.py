@@ -1,11 +1,11 @@
 """What a store of many finished trials costs to read: status, the decision what to run, memory, and the dashboard.
 
-    python benchmarks/records.py [--trials 2000] [--runs DIR] [--lines 300] [--classes 80]
+    python benchmarks/records.py [--trials 2000] [--place DIR] [--lines 300] [--classes 80]
 
 Writes a study of two variants with that many trials on record, all finished, as trials of the `coco12` kind leave them
-(12 epochs, `--lines` lines of progress, scores of `--classes` classes) but without checkpoints and predictions. Then each
-command is timed as a process of its own: the first time, when nothing is kept in the index yet, and again. `run` ends
-with nothing to do; `--plan` of MLflow is left out. Nothing is measured while the records are written.
+(12 epochs, `--lines` lines of progress, scores of `--classes` classes) but without checkpoints and predictions. Then
+each reader is timed in a process of its own, imports included: the first time, when nothing is kept in the index yet,
+and again. MLflow and Ray are left out: with nothing to run, neither is started.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def timed(code: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Write the records unless they are there, and print the table."""
+    """Write the records and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--lines", type=int, default=300)

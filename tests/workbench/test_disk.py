@@ -17,11 +17,10 @@ from workbench.trial import execute
     "model",
     [
         {"backbone": {"kind": "small_resnet"}, "hidden_dim": 64, "ffn_dim": 128, "num_heads": 4},
-        {"backbone": {"kind": "resnet", "depth": 18}, "hidden_dim": 128, "ffn_dim": 512},
-        {"backbone": {"kind": "resnet", "depth": 50}},
-        {"kind": "faster_rcnn", "backbone": {"kind": "resnet", "depth": 50}},
+        pytest.param({"backbone": {"kind": "resnet", "depth": 50}}, marks=pytest.mark.ci),
+        pytest.param({"kind": "faster_rcnn", "backbone": {"kind": "resnet", "depth": 50}}, marks=pytest.mark.ci),
     ],
-    ids=["laptop", "resnet18", "deformable", "faster_rcnn"],
+    ids=["laptop", "deformable", "faster_rcnn"],
 )
 def test_the_guess_of_parameters_is_right_within_a_factor_of_two(model):
     """The rule of the estimate, against detectors that are built."""
