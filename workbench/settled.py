@@ -40,7 +40,7 @@ def read(path: Path, current: Stamps) -> TrialRecord | None:
     """Return the record that was kept; None where there is none, or files have changed since."""
     try:
         plain = durable.read_json(path)
-        if plain is None or plain.get("stamps") != [item and list(item) for item in current]:
+        if plain is None or plain.get("stamps") != _lasting(current):
             return None
         return _RECORD.validate_python(plain.get("record"))
     except (StoreError, ValidationError):  # of another version, or not readable: the files themselves are
@@ -49,6 +49,12 @@ def read(path: Path, current: Stamps) -> TrialRecord | None:
 
 def keep(path: Path, current: Stamps, record: TrialRecord) -> None:
     """Keep the record of a trial that has ended, where that is possible."""
-    plain: dict[str, Any] = {"stamps": [item and list(item) for item in current], "record": asdict(record)}
+    plain: dict[str, Any] = {"stamps": _lasting(current), "record": asdict(record)}
     with suppress(OSError):  # a folder that may only be read, or a full disk: the index just saves time
         durable.write_derived(path, plain)
+
+
+def _lasting(current: Stamps) -> list[list[int] | None]:
+    """Return of the stamps what a copy to another disk keeps: times, and the sizes of files."""
+    folders = (_FILES.index("attempts"), _FILES.index("evaluations"))
+    return [item and list(item[1:2] if place in folders else item[1:]) for place, item in enumerate(current)]

@@ -1,6 +1,7 @@
 """What a trial's folder says of it. The state is derived from the files; nothing that is damaged counts."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def read(folder: Path, events: Iterable[durable.StampedEvent]) -> TrialRecord:
     """Return all that is known of a trial from its folder and its events, those that count, oldest first."""
     tried, ended, failed = attempts.read(folder), result(folder), error(folder)
     events = list(events)
-    epochs = {item.event.epoch: item.event for item in events if isinstance(item.event, EpochFinished)}
+    epochs = {
+        item.event.epoch: _without_classes(item.event) for item in events if isinstance(item.event, EpochFinished)
+    }
     progress = [item.event for item in events if isinstance(item.event, StepsTaken | EpochFinished)]
     totals = [item.event.total_steps for item in events if isinstance(item.event, TrainingStarted)]
     return TrialRecord(
@@ -85,6 +88,11 @@ def damaged(folder: Path) -> list[str]:
     lost = [path for path in folder.glob("attempts/[0-9]*.json") if checks.attempt(durable.read_json(path)) is None]
     aside = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}.{durable.DAMAGED}*")]
     return sorted(str(path.relative_to(folder)) for path in (*lost, *aside) if path.suffix != ".sha256")
+
+
+def _without_classes(event: EpochFinished) -> EpochFinished:
+    """Return an epoch without the scores of single classes, which nobody asks of it: with 80 of them they are most."""
+    return replace(event, metrics={name: replace(scores, per_class={}) for name, scores in event.metrics.items()})
 
 
 def _state(
