@@ -10,12 +10,24 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from core.checkpoint_files import (
+    PATTERN,
+    PassedOver,
+    is_intact,
+    newest_first,
+    path_of,
+    remove,
+    set_aside,
+    sha256,
+    write_sidecar,
+)
 
 FORMAT = 1
 KEPT = 2
@@ -39,28 +51,44 @@ class CheckpointProblem(ValueError):  # noqa: N818 - a flaw of the user's file, 
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step`, then drop all but the newest two."""
+    """Write `state` as the checkpoint of `step`, then drop all but the newest two.
+
+    A write that fails, as on a full disk, leaves the earlier ones as they were and no part of a new one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:09d}.pt"
+    path = path_of(folder, step)
+    for left in folder.glob("step_*.tmp"):  # by a process that was killed
+        left.unlink()
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = _sha256(temporary)
-    temporary.replace(path)
-    _write_durably(sidecar_of(path), digest)
-    for old in sorted(folder.glob("step_*.pt"))[:-KEPT]:
-        sidecar_of(old).unlink(missing_ok=True)
-        old.unlink()
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = sha256(temporary)
+        temporary.replace(path)
+        write_sidecar(path, digest)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    for old in sorted(folder.glob(PATTERN))[:-KEPT]:
+        remove(old)
     return path
 
 
-def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """Load the newest checkpoint whose checksum holds, or None; damaged ones are passed over."""
-    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+def load_newest(
+    folder: Path, *, on_passed_over: Callable[[PassedOver], None] | None = None
+) -> tuple[dict[str, Any], Path] | None:
+    """Load the newest checkpoint whose checksum holds, or None.
+
+    Newer ones that are damaged are passed over. With `on_passed_over` they are also set aside under another name and
+    told, newest first: of several processes that load, one may do that.
+    """
+    for path in newest_first(folder):
         if is_intact(path):
             return load_checkpoint(path), path
+        if on_passed_over is not None:
+            on_passed_over(set_aside(path))
     return None
 
 
@@ -71,9 +99,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointProblem: if it cannot be read safely or was written by a later version.
     """
     state = read_safely(path)
-    if state.get("format") != FORMAT:
-        raise CheckpointProblem(f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}")
+    check_format(state, path)
     return state
+
+
+def check_format(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that this version cannot read.
+
+    Raises:
+        CheckpointProblem: a later version of the workbench wrote it, or none did.
+    """
+    found = state.get("format")
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise CheckpointProblem(
+            f"{path}: checkpoint format {found}, this version reads {FORMAT}: "
+            "if a later version of the workbench wrote it, upgrade this one"
+        )
 
 
 def read_safely(path: Path) -> dict[str, Any]:
@@ -113,12 +154,6 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def is_intact(path: Path) -> bool:
-    """Return whether the file's checksum is the one beside it."""
-    sidecar = sidecar_of(path)
-    return path.is_file() and sidecar.is_file() and sidecar.read_text(encoding="ascii").strip() == _sha256(path)
-
-
 def weights_hash(state: dict[str, Tensor]) -> str:
     """Return a hash of every tensor's name and bytes."""
     digest = hashlib.sha256()
@@ -126,22 +161,3 @@ def weights_hash(state: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def sidecar_of(path: Path) -> Path:
-    """Return where the checksum of a checkpoint lies."""
-    return path.with_name(path.name + ".sha256")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

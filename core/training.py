@@ -16,12 +16,21 @@ import torch
 from torch import nn
 
 from core.checkpoint import load_newest, weights_hash
+from core.checkpoint_files import PassedOver
 from core.config import ExperimentConfig
 from core.data.batching import subset_indices
 from core.data.splits import DataSplits
 from core.distributed import ALONE, World
 from core.evaluation.score import score
-from core.events import CheckpointSaved, Diverged, EpochFinished, Event, StepsTaken, TrainingStarted
+from core.events import (
+    CheckpointPassedOver,
+    CheckpointSaved,
+    Diverged,
+    EpochFinished,
+    Event,
+    StepsTaken,
+    TrainingStarted,
+)
 from core.memory import peak_memory_bytes, reset_peak_memory
 from core.metrics import Metrics
 from core.trainer import Sums, Trainer
@@ -88,7 +97,8 @@ class _Training:
 
     def run(self) -> TrainResult:
         trainer, config = self.trainer, self.trainer.config
-        found = load_newest(self.checkpoints)
+        damaged: list[PassedOver] = []
+        found = load_newest(self.checkpoints, on_passed_over=damaged.append if trainer.world.rank == 0 else None)
         if found is not None:
             trainer.restore(found[0])
         steps = trainer.world.gather(trainer.num_step)
@@ -108,6 +118,8 @@ class _Training:
                 process_id=os.getpid(),
             )
         )
+        for one in damaged:
+            self.on_event(CheckpointPassedOver(step=trainer.num_step, path=one.name, reason=one.reason))
         checkpoint = found[1] if found is not None else None
         outcome, reason = "finished", ""
         try:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench import durable, lease
+from workbench import checks, durable, lease
 from workbench.errors import BusyError
 from workbench.failures import FailureClass
 from workbench.processes import Process
@@ -54,7 +54,7 @@ class Attempt:
 def read(folder: Path) -> tuple[Attempt, ...]:
     """Return the attempts recorded in a trial's folder, oldest first; a damaged file counts as an attempt that died."""
     paths = sorted((folder / "attempts").glob("[0-9]*.json"))
-    return tuple(_from_json(int(path.stem), durable.read_json(path)) for path in paths)
+    return tuple(_from_json(int(path.stem), checks.attempt(durable.read_json(path))) for path in paths)
 
 
 def begin(folder: Path, *, driver: Process | None, gpus: float = 0.0) -> Attempt:

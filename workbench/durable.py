@@ -1,14 +1,20 @@
 """Files that survive a kill: written whole or not at all, and read with suspicion.
 
-JSON files appear by write, fsync, rename. An events file only grows, a line at a time; a kill may leave half a line at
-its end, and a later writer closes that line first, so a reader meets it as a damaged line and counts it.
+JSON files appear by write, fsync, rename, and begin with their format and the SHA-256 of all their bytes, taken with 64
+zeros in its own place; those of earlier versions have no checksum and are believed. An events file only grows, a line
+at a time, each with its format and checksum; a kill may leave half a line at its end, and a later writer closes that
+line first, so a reader meets it as a damaged line and counts it.
 """
 
+import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +24,26 @@ from core.events import Event, TrainingStarted, from_json, to_json
 from workbench.errors import StoreError
 
 FORMAT = 1
+DAMAGED = "damaged"
+
+_NO_SHA256 = b"0" * 64
+_SHA256 = re.compile(rb'\A\{\s*"format": \d+,\s*"sha256": "([0-9a-f]{64})"')
 
 
 def now() -> str:
     """Return the time in UTC, ISO 8601 to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def check_time(text: str) -> str:
+    """Return a time as `now` writes it.
+
+    Raises:
+        ValueError: it is none, or of no zone.
+    """
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"{text} has no time zone")
+    return text
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,7 +53,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, payload: dict[str, Any], *, indent: int | None = 1) -> None:
     """Write a JSON object with its `format`, whole or not at all; on one line without `indent`, which is faster."""
-    write_text(path, json.dumps({"format": FORMAT, **payload}, indent=indent) + "\n")
+    content = _signed(payload, indent)
+    write_with(path, lambda temporary: _write_and_sync(temporary, content))
+
+
+def write_derived(path: Path, payload: dict[str, Any]) -> None:
+    """Write a JSON object that can be made again: whole or not at all, but not durably, which takes milliseconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_bytes(_signed(payload, None))
+    temporary.replace(path)
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:
@@ -43,6 +73,7 @@ def write_with(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
+        temporary.chmod(0o644)  # mkstemp keeps files private; a record is for everybody who may see the folder
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -57,7 +88,8 @@ def create_json(path: Path, payload: dict[str, Any]) -> bool:
     os.close(handle)
     temporary = Path(name)
     try:
-        _write_and_sync(temporary, (json.dumps({"format": FORMAT, **payload}, indent=1) + "\n").encode())
+        _write_and_sync(temporary, _signed(payload, 1))
+        temporary.chmod(0o644)
         path.hardlink_to(temporary)
     except FileExistsError:
         return False
@@ -68,22 +100,62 @@ def create_json(path: Path, payload: dict[str, Any]) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None where there is no file or a damaged one.
+    """Read a JSON object without its `sha256`; None where there is no file or a damaged one (`damaged` tells which).
 
     Raises:
-        StoreError: a later version of the workbench wrote it.
+        StoreError: a later version of the workbench wrote it, or it is there and the file system does not give it.
     """
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        content = path.read_bytes()
+        plain = json.loads(content)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
-    if not isinstance(plain, dict) or not isinstance(plain.get("format"), int):
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be read ({error.strerror}): mend that, then give the command again"
+        ) from error
+    if not isinstance(plain, dict) or type(plain.get("format")) is not int or plain["format"] < 1:
         return None
     if plain["format"] > FORMAT:
         raise StoreError(
             f"{path}: format {plain['format']} was written by a later version; this one reads {FORMAT}: upgrade it"
         )
-    return plain
+    return plain if plain.pop("sha256", None) is None or _holds(content) else None
+
+
+def damaged(path: Path) -> bool:
+    """Tell whether something is in a JSON file's place that is none of ours, or no longer.
+
+    Raises:
+        StoreError: as `read_json`.
+    """
+    return os.path.lexists(path) and read_json(path) is None
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file, or what lies in its place, another name, by which nobody reads it; return that."""
+    number = 1
+    while os.path.lexists(free := path.with_name(f"{path.name}.{DAMAGED}{f'-{number}' if number > 1 else ''}")):
+        number += 1
+    path.rename(free)
+    sync_folder(path.parent)
+    return free
+
+
+def _signed(payload: dict[str, Any], indent: int | None) -> bytes:
+    """Return the bytes of a JSON file: its format, its checksum, then the payload."""
+    rest = {key: value for key, value in payload.items() if key not in ("format", "sha256")}
+    text = json.dumps({"format": FORMAT, "sha256": _NO_SHA256.decode(), **rest}, indent=indent) + "\n"
+    unsigned = text.encode()
+    return unsigned.replace(_NO_SHA256, hashlib.sha256(unsigned).hexdigest().encode(), 1)
+
+
+def _holds(content: bytes) -> bool:
+    found = _SHA256.match(content)
+    if found is None:
+        return False
+    unsigned = content[: found.start(1)] + _NO_SHA256 + content[found.end(1) :]
+    return hashlib.sha256(unsigned).hexdigest().encode() == found[1]
 
 
 UNUSABLE = (KeyError, TypeError, ValueError, AttributeError)
@@ -113,7 +185,6 @@ def _write_and_sync(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    path.chmod(0o644)  # mkstemp keeps files private; a record is for everybody who may see the folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,20 +201,26 @@ class EventWriter:
 
     def __init__(self, path: Path, *, attempt: int) -> None:
         self._attempt = attempt
-        self._file = path.open("a+b")
+        self._file = path.open("a+b", buffering=0)
         if self._file.tell() and not _ends_with_newline(path):
             self._file.write(b"\n")
 
     def append(self, event: Event) -> None:
         """Write one line and hand it to the operating system."""
-        line = json.dumps({"time": now(), "attempt": self._attempt, **to_json(event)}, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        plain = {"format": FORMAT, "time": now(), "attempt": self._attempt, **to_json(event)}
+        text = json.dumps(plain, separators=(",", ":")).encode()
+        line = text[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(text)
+        while line:
+            line = line[self._file.write(line) :]  # a disk that is nearly full takes a part, and the next call raises
+
+    def sync(self) -> None:
+        """Make all lines durable."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Make all lines durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make all lines durable as far as the disk still can, and end: whoever relies on them has called `sync`."""
+        with suppress(OSError):
+            self.sync()
         self._file.close()
 
 
@@ -174,8 +251,10 @@ class EventReader:
             try:
                 with self._path.open("rb") as file:
                     return self._read(file.fileno())
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return []
+            except OSError as error:
+                raise StoreError(f"{self._path}: cannot be read ({error.strerror}): mend that first") from error
 
     def _read(self, handle: int) -> list[StampedEvent]:
         status = os.fstat(handle)
@@ -183,8 +262,8 @@ class EventReader:
             self._offset, self._inode, self.events, self.damaged = 0, status.st_ino, [], 0
         chunk = os.pread(handle, status.st_size - self._offset, self._offset)
         whole = chunk[: chunk.rfind(b"\n") + 1]
-        self._offset += len(whole)
         fresh = [stamped for line in whole.splitlines() if (stamped := self._parse(line))]
+        self._offset += len(whole)
         for stamped in fresh:
             if isinstance(stamped.event, TrainingStarted):
                 resumed = stamped.event.step
@@ -194,9 +273,28 @@ class EventReader:
 
     def _parse(self, line: bytes) -> StampedEvent | None:
         try:
-            plain = json.loads(line)
+            plain = _checked(line)
+            written = plain.get("format", 1)
+            if isinstance(written, int) and written > FORMAT:
+                raise StoreError(
+                    f"{self._path}: an event of format {written} was written by a later version; this one reads "
+                    f"{FORMAT}: upgrade it"
+                )
+            check_time(plain["time"])
             event = from_json(plain)
-            return event and StampedEvent(time=plain["time"], attempt=plain["attempt"], event=event)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return event and StampedEvent(time=plain["time"], attempt=int(plain["attempt"]), event=event)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             self.damaged += 1
             return None
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """Read a line, also one of before lines had a checksum.
+
+    Raises:
+        ValueError: its bytes are not those that were written.
+    """
+    text, mark, rest = line.rpartition(b',"crc":"')
+    if mark and rest[:8] != b"%08x" % zlib.crc32(text + b"}"):
+        raise ValueError("the checksum is another one")
+    return json.loads(line)

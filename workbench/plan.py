@@ -8,34 +8,23 @@ its checkpoint.
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from core import numerics
 from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, pretrained_backbone
 from core.data.fingerprint import DataProblem, fingerprint, inspect_folder
+from core.metrics import NUMBER_NAMES
 from core.parts import scientific
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
-from workbench.study import (
-    Claim,
-    Dimension,
-    Execution,
-    Look,
-    Parameters,
-    Plan,
-    PlannedTrial,
-    Search,
-    Study,
-    Term,
-    TrialSpec,
-    Tuned,
-    Variant,
-)
+from workbench.study import Parameters, Plan, PlannedTrial, Study, TrialSpec
 from workbench.user_code import sources
 
 FORMAT = 1
@@ -255,71 +244,57 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
     """Rebuild a plan from `plan_to_json`.
 
     Raises:
-        StoreError: another version of the workbench wrote it, or it is damaged.
+        StoreError: a later version of the workbench wrote it, or it is damaged.
     """
-    if plain.get("format") != FORMAT:
-        raise StoreError(f"a plan of format {plain.get('format')!r} cannot be read; this version reads {FORMAT}")
+    written = plain.get("format")
+    if type(written) is not int or not 1 <= written <= FORMAT:
+        raise StoreError(f"a plan of format {written!r} cannot be read; this version reads {FORMAT}: upgrade it")
     try:
-        return Plan(
-            study=_study_from_json(plain["study"]),
-            plan_hash=plain["plan_hash"],
-            trials=tuple(PlannedTrial(**trial) for trial in plain["trials"]),
-            specs={trial_id: _spec_from_json(trial_id, spec) for trial_id, spec in plain["specs"].items()},
-            warnings=tuple(plain["warnings"]),
+        study = _STUDY.validate_python(_study_with_selection(plain["study"]))
+        specs = {
+            trial_id: _SPEC.validate_python({**spec, "trial_id": trial_id}) for trial_id, spec in plain["specs"].items()
+        }
+        plan = Plan(
+            study=study,
+            plan_hash=str(plain["plan_hash"]),
+            trials=tuple(_TRIAL.validate_python(trial) for trial in plain["trials"]),
+            specs=specs,
+            warnings=tuple(map(str, plain["warnings"])),
         )
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise StoreError(f"a plan of another version ({told}): run the study again to write it anew") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise StoreError(f"a plan cannot be read ({error}): run the study again to write it anew") from error
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise StoreError(f"a plan cannot be read ({error!r}): run the study again to write it anew") from error
+    for problem in _contradictions(plan):
+        raise StoreError(f"a plan cannot be read ({problem}): run the study again to write it anew")
+    return plan
 
 
-def _study_from_json(plain: dict[str, Any]) -> Study:
-    rest = {
-        "path": Path(plain["path"]),
-        "selection": tuple(plain["selection"] if "selection" in plain else _unkept_selection(plain)),
-        "variants": tuple(
-            Variant(**{**variant, "config": ExperimentConfig.model_validate(variant["config"])})
-            for variant in plain["variants"]
-        ),
-        "claims": tuple(_claim_from_json(claim) for claim in plain["claims"]),
-        "looks": tuple(Look(**look) for look in plain["looks"]),
-        "seeds": tuple(plain["seeds"]),
-        "execution": Execution(**plain.get("execution", {})),  # plans of before it was kept have none
-        "search": _search_from_json(plain.get("search")),
-        "tuned": Tuned(**plain["tuned"]) if plain.get("tuned") else None,
-        "layers": {
-            name: {key: (value, where) for key, (value, where) in keys.items()}
-            for name, keys in plain["layers"].items()
-        },
-    }
-    return Study(**{**plain, **rest})
+_STUDY, _SPEC, _TRIAL = TypeAdapter(Study), TypeAdapter(TrialSpec), TypeAdapter(PlannedTrial)
 
 
-def _unkept_selection(plain: dict[str, Any]) -> list[str]:
-    """Return what can be known of the selection of a plan from before it was kept."""
+def _study_with_selection(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a study with what can be known of the selection of a plan from before it was kept."""
+    if "selection" in plain:
+        return plain
     root = plain["variants"][0]["config"]["data"].get("root")
-    return ["--profile", plain["profile"], *(["--data", root] if root else [])]
+    return {**plain, "selection": ["--profile", plain["profile"], *(["--data", root] if root else [])]}
 
 
-def _search_from_json(plain: dict[str, Any] | None) -> Search | None:
-    if plain is None:
-        return None
-    space = {
-        key: Dimension(**{**dimension, "values": tuple(dimension["values"])})
-        for key, dimension in plain["space"].items()
-    }
-    return Search(**{**plain, "space": space})
-
-
-def _claim_from_json(plain: dict[str, Any]) -> Claim:
-    terms = tuple(Term(**term) for term in plain["terms"])
-    return Claim(**{**plain, "terms": terms, "missing": tuple(plain["missing"])})
-
-
-def _spec_from_json(trial_id: str, plain: dict[str, Any]) -> TrialSpec:
-    config = ExperimentConfig.model_validate(plain["config"])
-    evaluations = {
-        eval_id: EvaluationConfig.model_validate(evaluation) for eval_id, evaluation in plain["evaluations"].items()
-    }
-    return TrialSpec(trial_id=trial_id, **{**plain, "config": config, "evaluations": evaluations})
+def _contradictions(plan: Plan) -> Iterator[str]:
+    """Yield what no plan that was made from a study file says."""
+    study = plan.study
+    names = {variant.name for variant in study.variants}
+    numbers = [*(claim.margin for claim in study.claims), *(look.alpha for look in study.looks)]
+    numbers += [term.weight for claim in study.claims for term in claim.terms]
+    if not study.looks or not names or study.baseline != study.variants[0].name:
+        yield "it has no looks, or its baseline is not its first variant"
+    if any(trial.trial_id not in plan.specs or trial.variant not in names for trial in plan.trials):
+        yield "it has a trial of which it does not say what to compute"
+    if any(term.metric not in NUMBER_NAMES for claim in study.claims for term in claim.terms):
+        yield "a claim is about no metric that there is"
+    if not all(math.isfinite(number) and abs(number) < 1e6 for number in numbers):
+        yield "a margin, level or weight is no number that can be meant"
+    if len(study.selection) % 2:
+        yield "its selection has an option without a value"

@@ -22,7 +22,7 @@ class TrialRecord:
     total_seconds: float  # wall time of the worker with evaluations, all attempts
     step: int
     total_steps: int | None
-    epochs: tuple[EpochFinished, ...]  # last event of each epoch, in order
+    epochs: tuple[EpochFinished, ...]  # last event of each epoch, in order, without single classes
     metrics: dict[str, Metrics]  # eval_id -> final metrics
     result: dict[str, Any] | None  # result.json
     error: dict[str, Any] | None  # error.json

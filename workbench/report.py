@@ -231,6 +231,9 @@ def _facts(results: StudyResults) -> Iterable[str]:
     yield from expenses.facts(results)
     lines = list(dict.fromkeys(line for record in records for line in _left_out(record)))
     yield "Left out of the data: " + ("; ".join(lines) if lines else "nothing") + "."
+    found = [f"{record.trial_id} {name}" for record in records for name in (record.result or {}).get("damaged", [])]
+    if found:
+        yield f"Files found damaged, set aside and made again: {'; '.join(found)}."
     provenances = [record.result["provenance"] for record in records if record.result and "provenance" in record.result]
     for label, told in (("Hardware", _hardware), ("Software", _software)):
         said = dict.fromkeys(told(provenance) for provenance in provenances)

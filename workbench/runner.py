@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
 from core.model import kernel
-from workbench import commands, durable, gate, hook, report
+from workbench import commands, disk, durable, gate, hook, report
 from workbench.attempts import Attempt, end_for_dead
 from workbench.budget import Budget, watching
 from workbench.costs import machine_of
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
+from workbench.housekeeping import Housekeeping
 from workbench.mlflow_mirror import Mirror
 from workbench.mlflow_mirror.mirror import FLUSH_SECONDS, FLUSH_STOPPED_SECONDS
 from workbench.processes import Process
@@ -79,7 +80,8 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         source = plan.study.path.read_text(encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
-    ref = store.register(plan, source=source)
+    with disk.in_words(store.root):
+        ref = store.register(plan, source=source)
     with kept(err) as screen, store.lock(ref, wait=line_to(screen) if options.wait else None) as hold:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
@@ -87,7 +89,7 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         hold.on_loss(run.stop_superseded)
         run.require_gate()
         try:
-            with run.stop.listening():
+            with run.stop.listening(), disk.in_words(store.root):
                 code = run.looks()
                 if run.stop.signal is None:
                     out.write(run.report())
@@ -125,6 +127,7 @@ class Run:
         self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / STOP_FILE, announce=self._announce_stop)
         self.progress: Progress | None = None
+        self.house = Housekeeping(store, plan, say=self._announce_stop)
         self.searching: Searching | None = None  # where configurations are suggested while trials run
         self.budget = Budget(
             plan,
@@ -223,6 +226,7 @@ class Run:
         """Run what is outstanding until every trial of the look has ended, here or under another driver."""
         if not self._candidates(trials) and not self._elsewhere(trials):
             return
+        self.house.prepare(self.plan, self._candidates(trials), at_once=self._slots())
         self._say_start(number, trials)
         self.progress = Progress(self.store, trials, concurrency=self._slots(), stream=self.err)
         if self.options.executor == "ray":
@@ -230,7 +234,8 @@ class Run:
         self.mirror.start()
         checks = (self.budget.passed, gate.watch(self.budget, without_gate=self.options.without_gate, say=self.say))
         expected = self.budget.look(number, budget_seconds=self.budget_seconds)
-        with expected, self.progress.showing(), watching(checks, self.stop):
+        room = self.house.watching(self._stop_for_disk)
+        with expected, self.progress.showing(), watching(checks, self.stop), room:
             while not self.stop.requested():
                 if self.stop.paused():
                     self._wait_out_pause()
@@ -270,6 +275,7 @@ class Run:
             from workbench.ray_executor import run_on_ray  # Ray takes seconds, and a complete study needs none
 
             run_on_ray(job)
+        self.house.keep_quota()
         if self.stop.requested() or self.stop.paused():
             return True
         self._record_lost(trials)
@@ -300,6 +306,10 @@ class Run:
                 trace="",
             )
             end_for_dead(folder, last, outcome="failed", failure="worker_lost")
+
+    def _stop_for_disk(self, line: str) -> None:
+        self._announce_stop(line)
+        self.stop.stop()
 
     def _candidates(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
         """Return the trials to run now, in order. What has failed under this driver is not run again by it."""

@@ -26,8 +26,9 @@ from workbench.search import (
     worst_score,
 )
 from workbench.search_file import SPLIT
-from workbench.store import STOPPED_FILE, Store
+from workbench.store import Store
 from workbench.study import SEARCH_SEED, Plan, PlannedTrial, Search, Value, Variant
+from workbench.trial_files import STOPPED_FILE
 
 _MOST_ATTEMPTS = 2000  # at a configuration that is legal and new
 

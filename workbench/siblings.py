@@ -10,8 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workbench import durable
+from workbench import checks, durable
 from workbench.errors import StoreError
+from workbench.records import Verdict
 from workbench.study import FEWEST_SEEDS, Plan
 
 _FILES = ("plan.json", "registered.json", "looks.json", "verdicts.json")
@@ -28,7 +29,8 @@ class RegisteredPlan:
     trials: frozenset[tuple[str, str]]  # variant, id
     looks: tuple[dict[str, Any], ...]
     looks_started: int
-    verdicts: dict[str, dict[str, Any]]  # claim's id -> the verdict stored last
+    verdicts: dict[str, Verdict]  # claim's id -> the verdict stored last
+    problems: tuple[str, ...]  # files of it that are damaged and are taken to be empty
 
 
 def read(folder: Path) -> RegisteredPlan | None:
@@ -45,20 +47,22 @@ def read(folder: Path) -> RegisteredPlan | None:
 def _read(folder: Path, stamp: tuple[object, ...]) -> RegisteredPlan:  # noqa: ARG001 - the stamp names the contents
     try:
         plain, registered = (_object(folder / name) for name in _FILES[:2])
-        started = durable.read_json(folder / _FILES[2]) or {"looks": []}
-        judged = durable.read_json(folder / _FILES[3]) or {"verdicts": []}
+        durable.check_time(registered["registered_at"])
+        started, judged = (folder / name for name in _FILES[2:])
+        damaged = [path for path in (started, judged) if is_damaged(path)]
         claims = {identity(claim): str(claim["id"]) for claim in plain["study"]["claims"]}
         return RegisteredPlan(
             folder=folder,
-            registered_at=str(registered["registered_at"]),
+            registered_at=registered["registered_at"],
             plain=plain,
             claims=claims,
             trials=frozenset((trial["variant"], trial["trial_id"]) for trial in plain["trials"]),
             looks=tuple(plain["study"]["looks"]),
-            looks_started=len(started["looks"]),
-            verdicts={verdict["claim"]: verdict for verdict in judged["verdicts"]},
+            looks_started=len(checks.looks(durable.read_json(started))),
+            verdicts={verdict.claim: verdict for verdict in checks.verdicts(durable.read_json(judged))},
+            problems=tuple(f"{path} is damaged: what it said is not known; the next run writes it" for path in damaged),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"{folder}: holds no plan ({error!r}): remove it and run the study again") from error
 
 
@@ -68,7 +72,9 @@ def read_all(folder: Path) -> tuple[tuple[RegisteredPlan, ...], tuple[str, ...]]
     problems: list[str] = []
     for path in sorted(folder.glob("*/plan.json")):
         try:
-            plans += [found] if (found := read(path.parent)) else []
+            found = read(path.parent)
+            plans += [found] if found else []
+            problems += found.problems if found else ()
         except StoreError as error:
             problems.append(str(error))
     return tuple(plans), tuple(problems)
@@ -106,14 +112,33 @@ def looked_before(plan: Plan, plans: Sequence[RegisteredPlan]) -> dict[str, tupl
         for claim in plan.study.claims:
             verdict = item.verdicts.get(item.claims.get(identity(asdict(claim)), ""))
             same = {term.variant for term in claim.terms} <= shared
-            if verdict and same and verdict["n_pairs"] >= FEWEST_SEEDS:
+            if verdict and same and verdict.n_pairs >= FEWEST_SEEDS:
                 found.setdefault(claim.id, []).append(_look_text(item, verdict))
     return {claim: tuple(told) for claim, told in found.items()}
 
 
-def _look_text(plan: RegisteredPlan, verdict: dict[str, Any]) -> str:
+def _look_text(plan: RegisteredPlan, verdict: Verdict) -> str:
     looks = [f"{look['seeds']} seeds at alpha {look['alpha']:g}" for look in plan.looks[: plan.looks_started]]
-    return f"{' and '.join(looks)} ({verdict['verdict']})"
+    return f"{' and '.join(looks)} ({verdict.verdict})"
+
+
+def is_damaged(path: Path) -> bool:
+    """Tell whether a file of a plan is there and is not what it should be.
+
+    Raises:
+        StoreError: a later version of the workbench wrote it, or the file system does not give it.
+    """
+    plain = durable.read_json(path)
+    if plain is None:
+        return durable.damaged(path)
+    wanted = {"plan.json": "study", "registered.json": "registered_at", "looks.json": "looks"}
+    return wanted.get(path.name, "verdicts") not in plain
+
+
+def set_aside_damaged(path: Path) -> None:
+    """Give a file of a plan another name where it is damaged, so that it can be written anew and is not lost."""
+    if is_damaged(path):
+        durable.set_aside(path)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -14,13 +14,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.events import EpochFinished, StepsTaken, TrainingStarted
-from core.metrics import Metrics
-from workbench import attempts, durable, search, siblings
+from workbench import checks, durable, search, settled, siblings, trial_files
 from workbench.errors import StoreError
 from workbench.hold import Hold, held
 from workbench.plan import plan_from_json, plan_to_json
@@ -34,11 +32,6 @@ if TYPE_CHECKING:
 STOP_FILE = "stop"
 """Beside a plan: what its driver is asked for, see `workbench.execution`."""
 
-STOPPED_FILE = "stopped.json"
-"""Why a search ended an attempt at a trial early."""
-
-# What a trial's record is read from.
-_RECORD = ("attempts", "result.json", "error.json", "events.jsonl", "evaluations", STOPPED_FILE)
 _SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
 
 
@@ -62,7 +55,7 @@ class Store:
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise StoreError(f"--runs {runs}: cannot be written; name another folder or change its permissions")
         self._readers: dict[str, durable.EventReader] = {}
-        self._settled: dict[str, tuple[tuple[Any, ...], TrialRecord]] = {}  # with the stamps of the files it is from
+        self._settled: dict[str, tuple[settled.Stamps, TrialRecord]] = {}  # with the stamps of the files it is from
 
     # Paths
 
@@ -110,6 +103,8 @@ class Store:
         The time of the first registration is kept: a claim registered after a trial of its own finished is post hoc.
         """
         folder = self.study_dir(plan)
+        for name in ("plan.json", "registered.json"):
+            siblings.set_aside_damaged(folder / name)
         kept = durable.read_json(folder / "plan.json")
         if kept is None or not _readable(kept):  # the folder is named by what the plan asks, so both ask the same
             durable.write_text(folder / "study.yaml", source)
@@ -148,15 +143,14 @@ class Store:
         if plan.study.search is not None:
             plan = search.expanded(plan, search.read(folder))
         records = {trial_id: self.record(trial_id) for trial_id in plan.specs}
-        verdicts = durable.read_json(folder / "verdicts.json") or {"verdicts": []}
         mirrored = durable.read_json(folder / "mlflow.json")
         registered, unreadable = siblings.read_all(folder.parent)
         return StudyResults(
             plan=plan,
             runs=self.root,
             records=records,
-            verdicts=tuple(_verdict_from_json(verdict) for verdict in verdicts["verdicts"]),
-            looks_started=len((durable.read_json(folder / "looks.json") or {"looks": []})["looks"]),
+            verdicts=checks.verdicts(durable.read_json(folder / "verdicts.json")),
+            looks_started=min(len(checks.looks(durable.read_json(folder / "looks.json"))), len(plan.study.looks)),
             post_hoc=_post_hoc(plan, records, registered),
             looked_before=siblings.looked_before(plan, registered),
             unreadable=unreadable,
@@ -166,8 +160,9 @@ class Store:
     def start_look(self, ref: StudyRef, number: int) -> None:
         """Record that the trials of look `number` (1 is the first), and so of all before it, are to be run."""
         path = ref.path / "looks.json"
-        looks = (durable.read_json(path) or {"looks": []})["looks"]
+        looks = checks.looks(durable.read_json(path))
         if len(looks) < number:
+            siblings.set_aside_damaged(path)
             looks += [{"started_at": durable.now()}] * (number - len(looks))
             durable.write_json(path, {"looks": looks})
 
@@ -175,7 +170,8 @@ class Store:
         """Keep the verdicts; the file changes only when they do."""
         path, plain = ref.path / "verdicts.json", json.loads(json.dumps([asdict(verdict) for verdict in verdicts]))
         stored = durable.read_json(path)
-        if stored is None or stored["verdicts"] != plain:
+        if stored is None or stored.get("verdicts") != plain:
+            siblings.set_aside_damaged(path)
             durable.write_json(path, {"judged_at": durable.now(), "verdicts": plain})
 
     def save_last_run(self, ref: StudyRef, spent: dict[str, Any]) -> None:
@@ -198,57 +194,38 @@ class Store:
         """Return all that is known of a trial; a pending one has no folder.
 
         One that nobody works on is read again only when its files change: those who watch a study ask every second.
+        What has ended is kept in the index as well, without its events.
         """
-        stamps = _stamps(f"{self.root}/trials/{trial_id}")
+        stamps = settled.stamps(f"{self.root}/trials/{trial_id}")
         kept = self._settled.get(trial_id)
         if kept is not None and kept[0] == stamps:
             return kept[1]
-        record = self._read_record(trial_id, self.trial_dir(trial_id))
-        changed = max((stamp[1] for stamp in stamps if stamp), default=0)
-        if record.state != "running" and time.time_ns() - changed > _SETTLED_NS:
-            self._settled[trial_id] = (stamps, record)
+        path = self.index_dir / "trials" / f"{trial_id}.json"
+        record = settled.read(path, stamps)
+        if record is None:
+            record = trial_files.read(self.trial_dir(trial_id), self.events(trial_id))
+            changed = max((stamp[1] for stamp in stamps if stamp), default=0)
+            if record.state == "running" or time.time_ns() - changed <= _SETTLED_NS:
+                return record
+            if record.result is not None:
+                settled.keep(path, stamps, record)
+        self._readers.pop(trial_id, None)
+        self._settled[trial_id] = (stamps, record)
         return record
-
-    def _read_record(self, trial_id: str, folder: Path) -> TrialRecord:
-        tried = attempts.read(folder)
-        result, error = self.result(trial_id), durable.read_json(folder / "error.json")
-        events = self.events(trial_id)
-        epochs = {item.event.epoch: item.event for item in events if isinstance(item.event, EpochFinished)}
-        progress = [item.event for item in events if isinstance(item.event, StepsTaken | EpochFinished)]
-        totals = [item.event.total_steps for item in events if isinstance(item.event, TrainingStarted)]
-        return TrialRecord(
-            trial_id=trial_id,
-            state=_state(folder, tried, result, error),
-            attempts=len(tried),
-            seconds=result["seconds"] if result else max((event.seconds for event in progress), default=0.0),
-            # An attempt ends a moment after the result is there.
-            total_seconds=max(sum(attempt.seconds for attempt in tried), result["total_seconds"] if result else 0.0),
-            step=max((item.event.step for item in events), default=0),
-            total_steps=totals[-1] if totals else None,
-            epochs=tuple(epochs[number] for number in sorted(epochs)),
-            metrics=self._metrics(folder) if result else {},
-            result=result,
-            error=error,
-            stopped=_stopped(folder, tried),
-        )
 
     def scoring_seconds(self, trial_id: str, *, since: float) -> float:
         """Return how long the evaluations of a trial took that were written after `since`, seconds since the epoch."""
         found = self.trial_dir(trial_id).glob("evaluations/*/metrics.json")
-        written = [durable.read_json(path) for path in found if path.stat().st_mtime >= since]
-        return sum(plain["seconds"] for plain in written if plain is not None)
+        written = [path for path in found if path.stat().st_mtime >= since]
+        return sum(checks.scoring_seconds(durable.read_json(path)) for path in written)
 
     def state(self, trial_id: str) -> TrialState:
         """Return a trial's state without reading its events."""
-        folder = self.trial_dir(trial_id)
-        return _state(folder, attempts.read(folder), self.result(trial_id), durable.read_json(folder / "error.json"))
+        return trial_files.state(self.trial_dir(trial_id))
 
     def result(self, trial_id: str) -> dict[str, Any] | None:
         """Return a trial's result.json; None unless it is whole and says finished or diverged."""
-        plain = durable.read_json(self.trial_dir(trial_id) / "result.json")
-        if plain is None or plain.get("trial_id") != trial_id or "finished_at" not in plain:
-            return None
-        return plain if plain.get("outcome") in ("finished", "diverged") else None
+        return trial_files.result(self.trial_dir(trial_id))
 
     def errors(self, trial_id: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Return the error.json of the attempt before the last, if that failed, and of the last."""
@@ -263,7 +240,8 @@ class Store:
 
     def events(self, trial_id: str) -> list[durable.StampedEvent]:
         """Return the events of a trial that count, oldest first."""
-        reader = self._readers.setdefault(trial_id, self.reader(trial_id))
+        ended = trial_id in self._settled  # and is seldom asked for: its events are not kept in memory
+        reader = self.reader(trial_id) if ended else self._readers.setdefault(trial_id, self.reader(trial_id))
         reader.poll()
         return reader.events
 
@@ -273,24 +251,10 @@ class Store:
 
         return history(results, path=self.index_dir / f"{results.plan.plan_hash}.parquet", events=self.events)
 
-    def _metrics(self, folder: Path) -> dict[str, Metrics]:
-        found: dict[str, Metrics] = {}
-        for path in folder.glob("evaluations/*/metrics.json"):
-            plain = durable.read_json(path)
-            if plain is not None:
-                found[path.parent.name] = Metrics.from_json(plain["metrics"])
-        return found
-
 
 def _ref(folder: Path, registered_at: str) -> StudyRef:
     study, profile, plan_hash = folder.parts[-3:]
     return StudyRef(study=study, profile=profile, plan_hash=plan_hash, registered_at=registered_at, path=folder)
-
-
-def _stamps(folder: str) -> tuple[tuple[int, int, int] | None, ...]:
-    """Return what changes with what a trial's record is read from; of many trials most have no folder yet."""
-    found = durable.stamp(folder)
-    return (None,) if found is None else tuple(durable.stamp(f"{folder}/{name}") for name in _RECORD)
 
 
 def _post_hoc(plan: Plan, records: dict[str, TrialRecord], registered: Sequence[RegisteredPlan]) -> frozenset[str]:
@@ -308,38 +272,6 @@ def _post_hoc(plan: Plan, records: dict[str, TrialRecord], registered: Sequence[
         if any(time < since for time in finished):
             late.add(claim.id)
     return frozenset(late)
-
-
-def _state(
-    folder: Path,
-    tried: tuple[attempts.Attempt, ...],
-    result: dict[str, Any] | None,
-    error: dict[str, Any] | None,
-) -> TrialState:
-    if result is not None:
-        return result["outcome"]
-    if tried and tried[-1].running(folder):
-        return "running"
-    if error is not None:
-        return "failed"
-    return "interrupted" if tried else "pending"
-
-
-def _stopped(folder: Path, tried: tuple[attempts.Attempt, ...]) -> dict[str, Any] | None:
-    """Return why a search ended the last attempt early, if that is how it ended."""
-    plain = durable.read_json(folder / STOPPED_FILE)
-    last = tried[-1] if tried else None
-    if plain is None or last is None or not isinstance(plain.get("reason"), str):
-        return None
-    return plain if last.outcome == "interrupted" and plain.get("attempt") == last.number else None
-
-
-def _verdict_from_json(plain: dict[str, Any]) -> Verdict:
-    known = {item.name for item in fields(Verdict)}
-    values = {key: value for key, value in plain.items() if key in known}
-    values["differences"] = {int(seed): value for seed, value in plain["differences"].items()}
-    values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Verdict(**values)
 
 
 def _readable(plain: dict[str, Any]) -> bool:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core import numerics
+from core.checkpoint_files import keep_only
 from core.config import EvaluationConfig
 from core.custom import given_as_text
-from core.events import Event
-from workbench import attempts, durable, provenance
+from core.events import CheckpointPassedOver, CheckpointSaved, Event, TrainingStarted
+from workbench import attempts, disk, durable, predictions, provenance, retention, trial_files
 from workbench.errors import BusyError, WorkbenchError
 from workbench.failures import FailureClass, classify
 from workbench.lease import Heart
@@ -34,8 +35,6 @@ from workbench.trainers import CoreTrainer, Trainer
 from workbench.user_code import FLAG, custom_parts
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from core.data.splits import DataSplits
     from core.training import TrainResult
 
@@ -156,17 +155,23 @@ class _Work:
         return outcome
 
     def _prepare_files(self) -> None:
-        for name in ("result.json", "error.json"):
-            path = self.folder / name
-            if path.exists() and (name == "error.json" or self.store.result(self.spec.trial_id) is None):
-                path.replace(path.with_name(f"{path.stem}.before_attempt_{self.attempt.number}.json"))
+        trial_files.set_aside_damaged(self.folder)
+        self._saved = [item.event for item in self.store.events(self.spec.trial_id)]
+        self._rename_earlier("error.json")
         durable.write_json(self.folder / "spec.json", spec_to_json(self.spec))
+
+    def _rename_earlier(self, name: str) -> None:
+        path = self.folder / name
+        if path.exists():
+            path.replace(path.with_name(f"{path.stem}.before_attempt_{self.attempt.number}.json"))
 
     def _train_and_score(self, trainer: Trainer, events: durable.EventWriter) -> attempts.Outcome:
         def on_event(event: Event) -> None:
             self._check_owner()
             self._step = event.step
             events.append(event)
+            if isinstance(event, TrainingStarted):
+                self._check_start(event.step, events)
 
         spec = self.spec
         root = Path(spec.data_root) if spec.data_root else None
@@ -187,15 +192,28 @@ class _Work:
                 self._score(trainer, data, eval_id, evaluation, trained)
         if trained.outcome != "interrupted":
             self._check_owner()
+            events.sync()
             self._record_result(trained, data.report)
+            if trained.checkpoint is not None:
+                keep_only(trained.checkpoint)  # the one before was for the case that this one is damaged
         return trained.outcome
+
+    def _check_start(self, step: int, events: durable.EventWriter) -> None:
+        """Put on record what had been trained before and is trained again, since its checkpoint is gone."""
+        saved = [event for event in self._saved if isinstance(event, CheckpointSaved)]
+        if saved and saved[-1].step > step and not any((self.folder / "checkpoints").glob(f"{saved[-1].path}*")):
+            reason = "removed for the quota" if retention.was_removed(self.folder) else "missing"
+            events.append(CheckpointPassedOver(step=step, path=saved[-1].path, reason=reason))
+        ended = self.store.result(self.spec.trial_id)
+        if ended is not None and step < ended.get("step", step):
+            self._rename_earlier("result.json")  # a trial that is trained again is not finished
+            retention.forget(self.folder)
 
     def _score(
         self, trainer: Trainer, data: DataSplits, eval_id: str, evaluation: EvaluationConfig, trained: TrainResult
     ) -> None:
         folder = self.store.evaluation_dir(self.spec.trial_id, eval_id)
-        known = durable.read_json(folder / "metrics.json")
-        if known is not None and known["weights_hash"] == trained.weights_hash:
+        if trial_files.evaluation(folder, weights_hash=trained.weights_hash) is not None:
             return
         if trained.checkpoint is None:
             raise WorkbenchError(f"{self.spec.trial_id}: the training left no checkpoint to score")
@@ -203,9 +221,8 @@ class _Work:
             self.spec.config, evaluation, data=data, checkpoint=trained.checkpoint, on_batch=self._heart.pulse
         )
         self._check_owner()
-        durable.write_with(
-            self.store.predictions(self.spec.trial_id, eval_id), lambda path: _write_parquet(path, scored.predictions)
-        )
+        path = self.store.predictions(self.spec.trial_id, eval_id)
+        durable.write_with(path, lambda draft: predictions.write(draft, scored.predictions))
         durable.write_json(
             folder / "metrics.json",
             {
@@ -238,6 +255,7 @@ class _Work:
                 "num_parameters": trained.num_parameters,
                 "checkpoint": trained.checkpoint and trained.checkpoint.name,
                 "data_report": dict(data_report),
+                "damaged": trial_files.damaged(self.folder),
                 "provenance": self._provenance | {"kernel": provenance.kernel()},
                 "finished_at": durable.now(),
             },
@@ -306,36 +324,19 @@ def write_error(
     folder: Path, *, kind: FailureClass, error_type: str, message: str, attempt: int, step: int, trace: str
 ) -> None:
     """Write error.json, in which `kind` is called `class`."""
-    durable.write_json(
-        folder / "error.json",
-        {
-            "class": kind,
-            "type": error_type,
-            "message": message,
-            "attempt": attempt,
-            "step": step,
-            "traceback": trace,
-            "failed_at": durable.now(),
-        },
-    )
+    told = {
+        "class": kind,
+        "type": error_type,
+        "message": message,
+        "attempt": attempt,
+        "step": step,
+        "traceback": trace,
+        "failed_at": durable.now(),
+    }
+    disk.patiently(lambda: durable.write_json(folder / "error.json", told))
 
 
 def _cpu_seconds() -> float:
     """CPU time of this process and of the loaders that it has ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _write_parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
-    import numpy as np  # only a trial writes predictions
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def column(values: np.ndarray) -> pa.Array:  # as pa.array does, which imports pandas first
-        buffer = pa.py_buffer(np.ascontiguousarray(values))
-        return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, buffer])
-
-    table = pa.table({name: column(values) for name, values in columns.items()})
-    pq.write_table(table, path, compression="zstd")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from core.checkpoint import FORMAT, CheckpointProblem, is_intact, sidecar_of
+from core.checkpoint import CheckpointProblem, check_format
+from core.checkpoint_files import is_intact, sidecar_of
 from core.config import CocoFolder, ExperimentConfig, FixedSize, ShorterSide
 from core.detector import AnyDetector, build_detector
 from core.official import load_official
@@ -79,8 +80,7 @@ def _is_ours(content: Mapping[str, Any]) -> bool:
 def _ours(
     content: Mapping[str, Any], path: Path, *, recipe: str | None, parameters: Parameters | None, allow_code: bool
 ) -> LoadedCheckpoint:
-    if content["format"] != FORMAT:
-        raise CheckpointProblem(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
+    check_format(content, path)
     if sidecar_of(path).is_file() and not is_intact(path):
         raise CheckpointProblem(f"{path}: is damaged: its checksum is not the one in {sidecar_of(path).name}")
     if recipe is not None:

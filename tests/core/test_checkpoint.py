@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from core.checkpoint import CheckpointProblem, is_intact, load_checkpoint, load_newest, save_checkpoint, weights_hash
+from core.checkpoint import CheckpointProblem, load_checkpoint, load_newest, save_checkpoint, weights_hash
+from core.checkpoint_files import is_intact, keep_only
 
 
 def _state(value):
@@ -42,6 +43,78 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         newest.unlink()
     assert not is_intact(newest)
     assert load_newest(tmp_path)[0]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason", "left"),
+    [
+        ("flipped byte", "damaged", {".damaged", ".damaged.sha256"}),
+        ("checksum that is no text", "damaged", {".damaged", ".damaged.sha256"}),
+        ("no checksum", "damaged", {".damaged"}),
+        ("deleted", "missing", {".damaged.sha256"}),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_set_aside(tmp_path, damage, reason, left):
+    """What is passed over is named with the reason and kept under another name, where no later reader meets it."""
+    save_checkpoint(tmp_path, 1, _state(1))
+    newest = save_checkpoint(tmp_path, 2, _state(2))
+    sidecar = newest.with_name(newest.name + ".sha256")
+    if damage == "flipped byte":
+        content = bytearray(newest.read_bytes())
+        content[100] ^= 1
+        newest.write_bytes(content)
+    elif damage == "checksum that is no text":
+        sidecar.write_bytes(b"\xff" + sidecar.read_bytes()[1:])
+    else:
+        (sidecar if damage == "no checksum" else newest).unlink()
+    told = []
+    assert load_newest(tmp_path, on_passed_over=told.append)[0]["step"] == 1
+    assert [(one.name, one.reason) for one in told] == [("step_000000002.pt", reason)]
+    assert {path.name.removeprefix("step_000000002.pt") for path in tmp_path.glob("step_000000002*")} == left
+    assert load_newest(tmp_path, on_passed_over=told.append)[0]["step"] == 1
+    assert len(told) == 1
+
+
+def test_a_second_one_set_aside_does_not_replace_the_first(tmp_path):
+    """A step whose checkpoint is damaged twice leaves both, by number."""
+    for _ in range(2):
+        save_checkpoint(tmp_path, 1, _state(1)).write_bytes(b"")
+        assert load_newest(tmp_path, on_passed_over=lambda _: None) is None
+    assert {path.name for path in tmp_path.glob("*.damaged*")} == {
+        "step_000000001.pt.damaged",
+        "step_000000001.pt.damaged.sha256",
+        "step_000000001.pt.damaged-2",
+        "step_000000001.pt.damaged-2.sha256",
+    }
+
+
+def test_a_save_that_fails_leaves_the_earlier_ones_and_no_part(tmp_path, monkeypatch):
+    """On a full disk the last checkpoint stays whole, and what had been written of the next is given back."""
+    save_checkpoint(tmp_path, 1, _state(1))
+
+    def full(_state, file):
+        file.write(b"some of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, _state(2))
+    assert load_newest(tmp_path)[0]["step"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000000001.pt", "step_000000001.pt.sha256"}
+
+
+def test_only_one_is_kept_of_a_trial_that_ended(tmp_path):
+    """Others go, with what a kill left of one; damaged ones that were set aside stay for whoever asks why."""
+    save_checkpoint(tmp_path, 1, _state(1))
+    last = save_checkpoint(tmp_path, 2, _state(2))
+    (tmp_path / "step_000000003.tmp").touch()
+    (tmp_path / "step_000000000.pt.damaged").touch()
+    keep_only(last)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        last.name,
+        last.name + ".sha256",
+        "step_000000000.pt.damaged",
+    }
 
 
 def test_nothing_to_load(tmp_path):

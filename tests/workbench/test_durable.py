@@ -1,5 +1,6 @@
 """Files that survive a kill."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -60,6 +61,105 @@ def test_every_truncation_of_a_json_file_is_noticed(tmp_path):
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         assert durable.read_json(path) is None
+
+
+def test_every_flipped_bit_of_a_json_file_is_noticed(tmp_path):
+    """Whatever bit is another, in a number, a name or the checksum itself, the content is not believed as it is."""
+    path = tmp_path / "a.json"
+    durable.write_json(path, {"outcome": "finished", "seconds": 12.5})
+    whole, plain = path.read_bytes(), durable.read_json(path)
+    assert plain == {"format": 1, "outcome": "finished", "seconds": 12.5}
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                found = durable.read_json(path)
+            except StoreError:  # a later format
+                continue
+            # Only a checksum under another name goes unnoticed, and then all else is as it was.
+            assert found is None or {key: found[key] for key in plain} == plain
+
+
+def test_a_file_without_a_checksum_is_believed(tmp_path):
+    """Files of earlier versions have none."""
+    path = tmp_path / "a.json"
+    path.write_text('{"format": 1, "value": 1}')
+    assert durable.read_json(path) == {"format": 1, "value": 1}
+
+
+def test_what_was_read_may_be_written_again(tmp_path):
+    """The format and an old checksum in what is written are replaced by the file's own."""
+    path = tmp_path / "a.json"
+    durable.write_json(path, {"format": 7, "sha256": "old", "value": 1})
+    assert durable.read_json(path) == {"format": 1, "value": 1}
+
+
+def test_what_cannot_be_opened_is_an_error_and_not_absent(tmp_path, monkeypatch):
+    """A finished trial whose result cannot be read just now must not be taken for one that never ran."""
+    path = tmp_path / "a.json"
+    durable.write_json(path, {})
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    with pytest.raises(StoreError, match=r"a.json: cannot be read \(Permission denied\)"):
+        durable.read_json(path)
+
+
+def test_damaged_files_are_set_aside_by_number(tmp_path):
+    """Nothing that was found damaged replaces another, and a folder in a file's place is moved as well."""
+    path = tmp_path / "a.json"
+    assert not durable.damaged(path)
+    path.write_text("{")
+    assert durable.damaged(path)
+    assert durable.set_aside(path).name == "a.json.damaged"
+    path.mkdir()
+    assert durable.damaged(path)
+    assert durable.set_aside(path).name == "a.json.damaged-2"
+    durable.write_json(path, {})
+    assert not durable.damaged(path)
+
+
+def test_a_flipped_bit_in_an_event_is_noticed(tmp_path):
+    """A line that is not as it was written is counted and left out, whichever digit of it is another."""
+    path = tmp_path / "events.jsonl"
+    write(path, started(0), steps(5))
+    whole = path.read_bytes()
+    second = whole.index(b"\n") + 1
+    assert b'"step":5' in whole
+    path.write_bytes(whole.replace(b'"step":5', b'"step":7'))
+    reader = durable.EventReader(path)
+    assert len(reader.poll()) == 1
+    assert reader.damaged == 1
+    path.write_bytes(whole[:second] + whole[second:].replace(b',"crc":', b',"was":'))
+    assert len(durable.EventReader(path).poll()) == 2  # as lines of before they had one
+
+
+def test_an_event_of_a_later_format_is_refused_each_time(tmp_path):
+    """A reader says so whenever it is asked, and takes nothing of that line."""
+    path = tmp_path / "events.jsonl"
+    write(path, started(0))
+    with path.open("a") as file:
+        file.write('{"format":2,"kind":"training_started"}\n')
+    reader = durable.EventReader(path)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="an event of format 2 was written by a later version"):
+            reader.poll()
+
+
+@pytest.mark.parametrize("value", [-1, "x", None, 10**400, float("nan")])
+def test_an_event_that_cannot_be_is_left_out(tmp_path, value):
+    """A step or a time that is none counts as damage, also in a line of before checksums."""
+    path = tmp_path / "events.jsonl"
+    write(path, steps(5))
+    plain = json.loads(path.read_text())
+    del plain["crc"]
+    for key in ("step", "seconds"):
+        path.write_text(json.dumps({**plain, key: value}) + "\n")
+        reader = durable.EventReader(path)
+        assert reader.poll() == []
+        assert reader.damaged == 1
 
 
 def test_a_file_of_a_later_format_is_refused(tmp_path):

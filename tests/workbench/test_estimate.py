@@ -33,7 +33,7 @@ def with_result(results, trial_id, *, seconds, **result):
 def rewritten(store, trial_id, name, **values):
     """Change values in a file of a trial."""
     path = store.trial_dir(trial_id) / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    durable.write_json(path, {**(durable.read_json(path) or {}), **values})
 
 
 def test_each_variant_is_estimated_from_its_own_trials(fake_results):

@@ -27,6 +27,7 @@ from core.data.splits import open_data
 from core.detector import build_detector
 from core.evaluation.score import evaluate as evaluate_trial
 from core.seeding import torch_stream
+from workbench import durable
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
 from workbench.store import Store
@@ -176,7 +177,7 @@ def with_text(change):
     def write(trial):
         spec = json.loads((trial / "spec.json").read_text())
         spec["code"] = change(spec["code"])
-        (trial / "spec.json").write_text(json.dumps(spec))
+        durable.write_json(trial / "spec.json", spec)
 
     return write
 

@@ -375,7 +375,7 @@ def test_a_gate_of_other_code_or_pictures_or_one_not_passed_does_not_match(asked
     recorded(asked, store)
     passed(asked, store)
     path = store.root / "gates" / "tiny.json"
-    kept = json.loads(path.read_text())
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
     for change, said in (
         ({"identity": {**kept["identity"], "code_hash": "0123"}}, "by other detector code (0123)"),
         ({"identity": {**kept["identity"], "numerics": 0}}, "by other detector code"),

@@ -17,9 +17,10 @@ from workbench.runner import Options, run_study
 from workbench.search import at_border, outcomes
 from workbench.search_report import next_step
 from workbench.searching import Searching
-from workbench.store import STOPPED_FILE, Store
+from workbench.store import Store
 from workbench.study import Dimension, Search
 from workbench.study_file import Selection, load_study
+from workbench.trial_files import STOPPED_FILE
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -299,7 +301,7 @@ def test_a_settled_trial_is_read_again_only_when_it_changes(store, toy_plan, toy
     trial_id = toy_plan.trials[0].trial_id
     run_all(toy_plan, store, toy_trainer())
     long_ago = time.time() - 60
-    for path in (store.trial_dir(trial_id), *store.trial_dir(trial_id).iterdir()):
+    for path in (store.trial_dir(trial_id), *store.trial_dir(trial_id).rglob("*")):
         os.utime(path, (long_ago, long_ago))
     known = store.record(trial_id)
     assert store.record(trial_id) is known
@@ -307,3 +309,64 @@ def test_a_settled_trial_is_read_again_only_when_it_changes(store, toy_plan, toy
     assert (known.attempts, store.record(trial_id).attempts) == (1, 2)
     (store.trial_dir(trial_id) / "result.json").unlink()
     assert store.record(trial_id).result is None
+
+
+def _old(folder):
+    long_ago = time.time() - 60
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (long_ago, long_ago))
+
+
+def test_events_of_finished_trials_are_read_once_and_for_all(store, toy_plan, toy_trainer, monkeypatch):
+    """Another process opens one small file for each trial that has ended, and gets the same record."""
+    run_all(toy_plan, store, toy_trainer())
+    _old(store.root / "trials")
+    before = [store.record(trial_id) for trial_id in toy_plan.specs]
+    opened = []
+    read = type(store.root).open
+
+    def count(self, *arguments, **options):
+        opened.append(self)
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(type(store.root), "open", count)
+    again = Store(store.root, create=False)
+    assert [again.record(trial_id) for trial_id in toy_plan.specs] == before
+    assert [path.parent.name for path in opened] == ["trials"] * len(toy_plan.specs)  # index/trials
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of a later format", "of another record", "of other files"])
+def test_an_index_that_does_not_fit_is_made_again(store, toy_plan, toy_trainer, damage):
+    """The index only saves time: whatever it says, the files of the trial are what counts."""
+    run_all(toy_plan, store, toy_trainer())
+    _old(store.root / "trials")
+    trial_id = next(iter(toy_plan.specs))
+    known = store.record(trial_id)
+    path = store.index_dir / "trials" / f"{trial_id}.json"
+    plain = durable.read_json(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif damage == "of a later format":
+        path.write_text('{"format": 2}')
+    elif damage == "of another record":
+        durable.write_json(path, {**plain, "record": {"trial_id": 7}})
+    else:
+        durable.write_json(path, {**plain, "stamps": [], "record": {**plain["record"], "attempts": 99}})
+    assert Store(store.root).record(trial_id) == known
+    assert durable.read_json(path) == plain
+
+
+def test_a_copy_of_the_runs_folder_keeps_its_index(store, toy_plan, toy_trainer, tmp_path):
+    """Where a copy keeps the times of files, as rsync -a does, events need not be read again."""
+    run_all(toy_plan, store, toy_trainer())
+    _old(store.root / "trials")
+    trial_id = next(iter(toy_plan.specs))
+    known = store.record(trial_id)
+    copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
+    events = copy / "trials" / trial_id / "events.jsonl"
+    events.write_bytes(bytes(events.stat().st_size))  # which shows that nobody reads them
+    _old(copy / "trials")
+    for path in (store.root / "trials" / trial_id).rglob("*"):
+        status = path.stat()
+        os.utime(copy / path.relative_to(store.root), ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert Store(copy).record(trial_id) == known

@@ -161,4 +161,5 @@ def test_a_damaged_result_is_set_aside(spec, store, toy_trainer):
     assert store.record(spec.trial_id).state == "interrupted"
     assert run(spec, store, toy_trainer()) == "finished"
     assert store.result(spec.trial_id)["attempts"] == 2
-    assert (path.parent / "result.before_attempt_2.json").exists()
+    assert (path.parent / "result.json.damaged").exists()
+    assert store.result(spec.trial_id)["damaged"] == ["result.json.damaged"]

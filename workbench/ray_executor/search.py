@@ -22,9 +22,10 @@ from workbench.records import TrialRecord
 from workbench.search import Configuration, epoch_scores, expanded, final_score, read, was_stopped, worst_score
 from workbench.searching import Searching
 from workbench.slots import Slot, Task, task_for
-from workbench.store import STOPPED_FILE, Store
+from workbench.store import Store
 from workbench.study import Plan, TrialSpec
 from workbench.trial import complete, execute
+from workbench.trial_files import STOPPED_FILE
 
 REDUCTION = 3
 """Of so many configurations ASHA lets the best go on, at the epochs 1, 3, 9, ..."""
