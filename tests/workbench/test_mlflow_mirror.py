@@ -443,7 +443,7 @@ def test_a_run_does_not_wait_for_a_server_that_never_answers(store, toy_plan, to
         mirror = Mirror(store, ref, toy_plan, tracking_uri=uri, warn=warnings.append)
         began = time.monotonic()
         assert not mirror.finish()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert warnings == ["MLflow has not everything yet: `python -m workbench sync` brings it up to date."]
 
 
@@ -452,7 +452,7 @@ def test_a_stopped_run_waits_less(store, toy_plan, ref, monkeypatch):
     api = SimpleNamespace(heard=0.0)
 
     def send(_self, _api, **_):
-        for _ in range(100):
+        for _ in range(400):
             time.sleep(0.05)
             api.heard = time.monotonic()
 
@@ -460,7 +460,7 @@ def test_a_stopped_run_waits_less(store, toy_plan, ref, monkeypatch):
     monkeypatch.setattr(Sender, "send", send)
     began = time.monotonic()
     assert not Mirror(store, ref, toy_plan, tracking_uri=None, warn=lambda _: None).finish(limit=0.5)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_the_printed_line_is_absolute_and_quoted(tmp_path):
