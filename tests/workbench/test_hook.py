@@ -118,14 +118,14 @@ def test_a_hook_that_is_slow_or_away_holds_nobody_up(listener, monkeypatch):
     assert "could not be reached" in hook.call(listener.url, TOLD)
     assert "could not be reached" in hook.call("http://127.0.0.1:9/secret", TOLD)
     assert "was ended" in hook.call("sleep 60", TOLD)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_what_a_hook_leaves_behind_holds_nobody_up():
     """A command may start something that lives on."""
     began = time.monotonic()
     assert hook.call("sh -c 'sleep 20 & exit 0'", TOLD) is None
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_a_command_that_fails_is_told_by_its_name_and_last_words():

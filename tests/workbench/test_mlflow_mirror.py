@@ -160,6 +160,18 @@ def test_sync_replays_exactly_once(store, toy_plan, toy_trainer, client, ref):
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1, "tracking_uri": 3, "runs": 5}'])
+def test_a_damaged_memory_of_what_was_sent_is_none(store, toy_plan, toy_trainer, client, ref, text):
+    """`sync` without an address goes to the embedded database again, and adds nothing."""
+    run(next(iter(toy_plan.specs.values())), store, toy_trainer())
+    assert sync(store, err=io.StringIO()) == 0
+    before = _everything(store)
+    (ref.path / "mlflow.json").write_text(text)
+    assert sync(store, err=io.StringIO()) == 0
+    assert _everything(store) == before
+
+
+@pytest.mark.ci
 def test_a_run_whose_id_never_arrived_is_found(store, toy_plan, toy_trainer, client, ref, monkeypatch):
     """When the answer to the creation of a run is lost, the next round takes that run and makes no second one."""
     sender, api = sender_of(store, ref, toy_plan), api_of(client, store)
@@ -405,7 +417,7 @@ def test_the_same_trial_trained_twice_has_two_runs(store, toy_plan, toy_trainer,
     assert len({item.data.tags["mlflow.parentRunId"] for item in found}) == 2
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_drivers_that_make_the_database_at_once_make_one(tmp_path):
     """Two processes that open a database that is not there: neither fails, and both use the same."""
     code = (
@@ -431,7 +443,7 @@ def test_a_run_does_not_wait_for_a_server_that_never_answers(store, toy_plan, to
         mirror = Mirror(store, ref, toy_plan, tracking_uri=uri, warn=warnings.append)
         began = time.monotonic()
         assert not mirror.finish()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert warnings == ["MLflow has not everything yet: `python -m workbench sync` brings it up to date."]
 
 
@@ -440,7 +452,7 @@ def test_a_stopped_run_waits_less(store, toy_plan, ref, monkeypatch):
     api = SimpleNamespace(heard=0.0)
 
     def send(_self, _api, **_):
-        for _ in range(100):
+        for _ in range(400):
             time.sleep(0.05)
             api.heard = time.monotonic()
 
@@ -448,7 +460,7 @@ def test_a_stopped_run_waits_less(store, toy_plan, ref, monkeypatch):
     monkeypatch.setattr(Sender, "send", send)
     began = time.monotonic()
     assert not Mirror(store, ref, toy_plan, tracking_uri=None, warn=lambda _: None).finish(limit=0.5)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_the_printed_line_is_absolute_and_quoted(tmp_path):

@@ -10,7 +10,7 @@ from workbench.errors import BusyError, StoreError, WorkbenchError
 from workbench.mlflow_mirror.api import Api, answered, connect, default_uri
 from workbench.mlflow_mirror.sender import Sender
 from workbench.mlflow_mirror.state import State
-from workbench.records import StudyRef
+from workbench.records import StudyRef, StudyResults
 from workbench.store import Store
 from workbench.study import Plan
 
@@ -37,11 +37,9 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
     for ref in store.studies():
         try:
             results = store.results(ref)
-            plan, last = results.plan, (results.mlflow or {}).get("tracking_uri")
+            uri = tracking_uri or _last_uri(results) or results.plan.study.tracking_uri
             with store.lock(ref):
-                mirror = Mirror(
-                    store, ref, plan, tracking_uri=tracking_uri or last or plan.study.tracking_uri, warn=warn
-                )
+                mirror = Mirror(store, ref, results.plan, tracking_uri=uri, warn=warn)
                 if mirror.tracking_uri in away:
                     continue
                 if not mirror.finish(limit=None, everything=True):
@@ -57,6 +55,11 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
             warn(f"Left out: {ref.path}: {error}")
             code = 1
     return code
+
+
+def _last_uri(results: StudyResults) -> str | None:
+    uri = (results.mlflow or {}).get("tracking_uri")
+    return uri if isinstance(uri, str) else None
 
 
 class Mirror:
