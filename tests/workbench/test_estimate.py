@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from workbench import cli, estimate, expenses, probe
+from workbench import cli, durable, estimate, expenses, probe
 from workbench.costs import Machine, machine_for, probe_file, trial_costs
 from workbench.durable import write_json
 from workbench.errors import WorkbenchError
