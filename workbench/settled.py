@@ -57,4 +57,7 @@ def keep(path: Path, current: Stamps, record: TrialRecord) -> None:
 def _lasting(current: Stamps) -> list[list[int] | None]:
     """Return of the stamps what a copy to another disk keeps: times, and the sizes of files."""
     folders = (_FILES.index("attempts"), _FILES.index("evaluations"))
-    return [item and list(item[1:2] if place in folders else item[1:]) for place, item in enumerate(current)]
+    return [
+        None if item is None else list(item[1:2] if place in folders else item[1:])
+        for place, item in enumerate(current)
+    ]
