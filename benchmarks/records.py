@@ -4,8 +4,8 @@
 
 Writes a study of two variants with that many trials on record, all finished, as trials of the `coco12` kind leave them
 (12 epochs, `--lines` lines of progress, scores of `--classes` classes) but without checkpoints and predictions. Then
-each reader is timed in a process of its own, imports included: the first time, when nothing is kept in the index yet,
-and again. MLflow and Ray are left out: with nothing to run, neither is started.
+each reader is timed in a process of its own, imports included: the least of some rounds. The first line is of the one
+time when nothing is kept in the index yet. MLflow and Ray are left out: with nothing to run, neither is started.
 """
 
 import argparse
@@ -40,11 +40,11 @@ EPOCHS = 12
 LIMITS = {"status": "2 s", "decide": "5 s and 500 MB"}
 
 TIMED = """
-import io, resource, sys, time
+import io, resource, time
 began = time.perf_counter()
 {code}
-seconds = time.perf_counter() - began
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+wall = time.perf_counter() - began
+print(wall, time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 PLANNED = """
 from pathlib import Path
@@ -153,13 +153,13 @@ def _events(metrics: dict[str, Any], lines: int, began: datetime) -> list[str]:
     return [json.dumps({"format": 1, "time": time, "attempt": 1, **item}, separators=(",", ":")) for item in found]
 
 
-def timed(code: str) -> tuple[float, float]:
-    """Return seconds and peak MiB of code in a fresh process, its imports included."""
+def timed(code: str) -> tuple[float, float, float]:
+    """Return wall seconds, CPU seconds and peak MiB of code in a fresh process, its imports included."""
     told = subprocess.run(
         [sys.executable, "-c", TIMED.format(code=code)], check=True, capture_output=True, text=True, timeout=600
     )
-    seconds, mebibytes = told.stdout.split()
-    return float(seconds), float(mebibytes)
+    wall, cpu, mebibytes = told.stdout.split()
+    return float(wall), float(cpu), float(mebibytes)
 
 
 def main() -> None:
@@ -173,18 +173,17 @@ def main() -> None:
     options = parser.parse_args()
     place = options.place or Path(tempfile.mkdtemp())
     try:
+        shutil.rmtree(place / "runs", ignore_errors=True)
         runs, plan = write_records(place, trials=options.trials, lines=options.lines, classes=options.classes)
         mebibytes = sum(path.stat().st_size for path in runs.rglob("*") if path.is_file()) / 2**20
         print(f"{len(plan.specs)} finished trials, {mebibytes:.0f} MiB of records\n")
-        print("| reader | first, s | again, s (least) | peak, MiB | limit |\n|---|---|---|---|---|")
-        for name, code in READERS.items():
-            shutil.rmtree(runs / "index", ignore_errors=True)
+        print("| reader | wall, s | CPU, s | peak, MiB | limit |\n|---|---|---|---|---|")
+        for name, code in {"status, nothing in the index": READERS["status"], **READERS}.items():
             filled = code.format(study=str(place / "many.yaml"), runs=str(runs), seeds=options.trials // 2)
-            first, peak = timed(filled)
-            again = [timed(filled) for _ in range(options.rounds)]
-            peak = max(peak, *(other for _, other in again))
-            least = min(seconds for seconds, _ in again)
-            print(f"| {name} | {first:.2f} | {least:.2f} | {peak:.0f} | {LIMITS.get(name, '')} |", flush=True)
+            rounds = [timed(filled) for _ in range(options.rounds if name in READERS else 1)]
+            wall, cpu, _ = (min(column) for column in zip(*rounds, strict=True))
+            peak = max(column[2] for column in rounds)
+            print(f"| {name} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {LIMITS.get(name, '')} |", flush=True)
     finally:
         if options.place is None:
             shutil.rmtree(place)

@@ -18,6 +18,7 @@ MOST_SEEDS = 200  # beyond this, "more seeds" is no advice
 NO_SPREAD = 1e-12  # differences closer than this are equal up to rounding
 _FEWEST_SIGN_FLIPS = 6  # below, the smallest two-sided p, 2 / 2**n, exceeds .05
 _EXACT_SIGN_FLIPS = 2**14  # all of them up to fourteen seeds, a random sample beyond
+_FLIPS_AT_ONCE = 2**20  # signs, of all flips of a batch: with a thousand seeds all at once would take a gigabyte
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +158,7 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
         permutation_type="samples",
         n_resamples=_EXACT_SIGN_FLIPS,
         vectorized=True,
+        batch=max(1, _FLIPS_AT_ONCE // len(differences)),
         rng=np.random.default_rng(0),
     )
     return float(test.pvalue)
