@@ -30,6 +30,7 @@ from workbench.yaml12 import Document, Path_
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 Overrides = dict[str, Any]  # keys of ExperimentConfig, dotted or nested
 LARGEST_MARGIN = 0.2  # above it somebody wrote points
+MOST_VARIANTS, MOST_CLAIMS, MOST_PROFILES, MOST_TERMS = 200, 200, 50, 50  # else a file is checked for minutes
 
 
 def _known(metric: str) -> str:
@@ -117,7 +118,7 @@ class ClaimPart(FilePart):
     text: str = Field(min_length=1)
     plus: str | None = None
     minus: str | None = None
-    terms: list[TermPart] | None = None
+    terms: list[TermPart] | None = Field(default=None, max_length=MOST_TERMS)
     metric: Metric | None = None
     parameters: Literal["averaged", "raw"] | None = None
     kind: Literal["superiority", "equivalence"]
@@ -182,10 +183,10 @@ class StudyPart(FilePart):
     recipe: Recipe = DEFAULT
     set: Overrides = {}
     baseline: str = Field(description="the variant that the others are compared to")
-    variants: dict[str, VariantPart | None] = Field(min_length=1)
-    claims: list[ClaimPart] = []
+    variants: dict[str, VariantPart | None] = Field(min_length=1, max_length=MOST_VARIANTS)
+    claims: list[ClaimPart] = Field(default=[], max_length=MOST_CLAIMS)
     scope: Literal["seeds"] = Field(description="what the verdict generalises over: seeds, on this validation set")
-    profiles: dict[str, ProfilePart | None] = {}
+    profiles: dict[str, ProfilePart | None] = Field(default={}, max_length=MOST_PROFILES)
     execution: ExecutionPart = Field(
         default=ExecutionPart(), description="at every profile, unless that says otherwise"
     )
