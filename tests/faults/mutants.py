@@ -19,8 +19,8 @@ variants:
   plain: {}
   sharp:
     why: boxes weigh more
-    set: {loss.weight_giou: 4.0, model.queries: {kind: learned, num_queries: 20}}
-  own: {set: {model.decoder.num_layers: 3, loss.auxiliary: false}}
+    set: {loss.weight_giou: 4.0, loss.matcher: {cost_l1: 6.0}}
+  own: {set: {loss.auxiliary: false, training.weight_decay: 0.0}}
 claims:
   - {id: sharp_better, text: Sharp is better., plus: sharp, minus: plain, metric: ap, kind: superiority}
   - id: sum
@@ -34,8 +34,16 @@ claims:
       - {variant: own, weight: -1}
 scope: seeds
 profiles:
-  smoke: {looks: {seeds: [2, 3], alpha: [.03, .02]}, budget: 1h30m, set: {training.epochs: 1}}
+  tiny: {looks: {seeds: [2, 3], alpha: [.03, .02]}, budget: 1h30m, set: {training.epochs: 1}}
 execution: {retries: 1, stall_after: 90s, quota: 2GB}
+"""
+
+PROFILE = """\
+verdicts: false
+looks: {seeds: [2], alpha: [0.05]}
+margins: {ap: 0.02, ap50: .03}
+execution: {gpus: .5}
+set: {data: {kind: shapes, side: 64, num_train: 64, num_val: 24}, training.batch_size: 8}
 """
 
 FRAGMENTS = (
@@ -54,7 +62,10 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def text_mutant(rng: random.Random, text: str = STUDY) -> bytes:
+_TREE = yaml.safe_load(STUDY)
+
+
+def text_mutant(rng: random.Random, text: str) -> bytes:
     """Return the text with one to four wounds."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         text = rng.choice(_WOUNDS)(rng, text)
@@ -66,11 +77,11 @@ def text_mutant(rng: random.Random, text: str = STUDY) -> bytes:
 
 def structure_mutant(rng: random.Random) -> bytes:
     """Return well-formed YAML whose keys, values or shape are others than the study's."""
-    tree = yaml.safe_load(STUDY)
+    tree = copy.deepcopy(_TREE)
     for _ in range(rng.choice((1, 1, 2, 3, 6))):
-        holder, key = rng.choice(list(_places(tree)))
+        holder, key = rng.choice(_places(tree))
         rng.choice(_CHANGES)(rng, holder, key)
-    return json.dumps(tree, indent=rng.choice((None, 1))).encode() if rng.random() < 0.5 else yaml.dump(tree).encode()
+    return json.dumps(tree, indent=rng.choice((None, 1))).encode()  # which is YAML as well
 
 
 def _places(node: Any) -> list[tuple[Any, Any]]:
@@ -145,7 +156,7 @@ def _nest(rng: random.Random, holder: Any, key: Any) -> None:
 
 
 def _graft(rng: random.Random, holder: Any, key: Any) -> None:
-    there, at = rng.choice(_places(yaml.safe_load(STUDY)))
+    there, at = rng.choice(_places(_TREE))
     holder[key] = copy.deepcopy(there[at])
 
 
