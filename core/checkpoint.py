@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.paths import is_dir, is_file
+
 FORMAT = 1
 KEPT = 2
 
@@ -84,8 +86,8 @@ def read_safely(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointProblem: if there is no such file, it is none of torch's, or it holds other objects.
     """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
+    if not is_file(path):
+        found = "a folder" if is_dir(path) else "nothing"
         raise CheckpointProblem(f"{path}: a checkpoint file was looked for, {found} is there")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -19,6 +19,7 @@ from core import numerics
 from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, pretrained_backbone
 from core.data.fingerprint import DataProblem, fingerprint, inspect_folder
 from core.parts import scientific
+from core.paths import is_file
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
 from workbench.study import Claim, Execution, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
@@ -141,7 +142,7 @@ def weights_file(config: ExperimentConfig) -> Path | None:
     if backbone is None or backbone.weights in (None, "torchvision"):
         return None
     path = _packaged_weights() if backbone.weights == "package" else Path(backbone.weights).expanduser().resolve()
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: no such weights file; set model.backbone.weights to an existing one, or to null")
     return path
 
