@@ -22,6 +22,7 @@ from core.parts import scientific
 from core.paths import is_file
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
+from workbench.redaction import redact
 from workbench.study import Claim, Execution, Look, Parameters, Plan, PlannedTrial, Study, Term, TrialSpec, Variant
 from workbench.user_code import sources
 
@@ -184,6 +185,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     study = {name: getattr(plan.study, name) for name in Study.__dataclass_fields__}
     study |= {
         "path": str(plan.study.path),
+        "tracking_uri": plan.study.tracking_uri and redact(plan.study.tracking_uri),
         "variants": [
             {
                 "name": variant.name,

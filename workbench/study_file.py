@@ -146,7 +146,8 @@ class _Loader:
         budget = self._budget(profile)
         num_trials = len(selected) * looks[-1].seeds if looks else 0
         if num_trials > MOST_TRIALS:
-            text = f"{len(selected)} variants with {looks[-1].seeds} seeds are {num_trials} trials; allowed: {MOST_TRIALS}"
+            asked = f"{len(selected)} variants with {looks[-1].seeds} seeds are {num_trials} trials"
+            text = f"{asked}; allowed: {MOST_TRIALS}"
             self.problems.add(Place(str(self.path)), "", text)
         if self.problems or not looks:
             return None

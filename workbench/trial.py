@@ -19,11 +19,12 @@ from core import numerics
 from core.config import EvaluationConfig, ExperimentConfig
 from core.custom import given_as_text
 from core.events import Event
-from workbench import attempts, durable, provenance
+from workbench import attempts, durable, lineage, provenance
 from workbench.errors import BusyError, WorkbenchError
 from workbench.failures import FailureClass, classify
 from workbench.processes import Process
 from workbench.records import TrialRecord
+from workbench.redaction import redact
 from workbench.store import Store
 from workbench.study import TrialSpec
 from workbench.user_code import FLAG, custom_parts
@@ -166,7 +167,10 @@ class _Work:
         self._step = 0
         self._next_look = 0.0
         # Now, since the working tree may change while this process goes on with the code that it has loaded.
-        self._provenance = provenance.collect(threads=self.spec.config.training.threads, device=self.device)
+        training = self.spec.config.training
+        self._provenance = provenance.collect(
+            threads=training.threads, device=self.device, precision=training.precision
+        )
 
     def run(self, trainer: Trainer) -> attempts.Outcome | Literal["busy"]:
         """Train and score; record the end whatever it is."""
@@ -191,6 +195,7 @@ class _Work:
             if path.exists() and (name == "error.json" or self.store.result(self.spec.trial_id) is None):
                 path.replace(path.with_name(f"{path.stem}.before_attempt_{self.attempt.number}.json"))
         durable.write_json(self.folder / "spec.json", spec_to_json(self.spec))
+        lineage.begin(self.folder, self.attempt.number, self._provenance, code=self.store.code_dir)
 
     def _train_and_score(self, trainer: Trainer, events: durable.EventWriter) -> attempts.Outcome:
         def on_event(event: Event) -> None:
@@ -266,7 +271,7 @@ class _Work:
                 "num_parameters": trained.num_parameters,
                 "checkpoint": trained.checkpoint and trained.checkpoint.name,
                 "data_report": dict(data_report),
-                "provenance": self._provenance | {"kernel": provenance.kernel()},
+                "provenance": lineage.of_result(self.folder, self.attempt.number, self._provenance),
                 "finished_at": durable.now(),
             },
         )
@@ -321,16 +326,16 @@ def spec_to_json(spec: TrialSpec) -> dict[str, Any]:
 def write_error(
     folder: Path, *, kind: FailureClass, error_type: str, message: str, attempt: int, step: int, trace: str
 ) -> None:
-    """Write error.json, in which `kind` is called `class`."""
+    """Write error.json, in which `kind` is called `class`; secrets in what was raised are left out."""
     durable.write_json(
         folder / "error.json",
         {
             "class": kind,
             "type": error_type,
-            "message": message,
+            "message": redact(message),
             "attempt": attempt,
             "step": step,
-            "traceback": trace,
+            "traceback": redact(trace),
             "failed_at": durable.now(),
         },
     )

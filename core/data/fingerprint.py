@@ -187,8 +187,8 @@ def read_annotations(path: Path) -> dict[str, Any]:
     if names := [name for name in map(_file_name, raw["images"]) if name is not None and leaves_folder(name)]:
         told = ", ".join(repr(name[:100]) for name in names[:3])
         raise DataProblem(
-            f"{path}: {len(names)} file names lead out of the folder of pictures, such as {told}; allowed: names inside "
-            f"it, without .. and not absolute; {_REMEDY}"
+            f"{path}: {len(names)} file names lead out of the folder of pictures, such as {told}; allowed: names "
+            f"inside it, without .. and not absolute; {_REMEDY}"
         )
     return raw
 

@@ -71,8 +71,7 @@ def fate(path):
         with watched(CPU_SECONDS, WALL_SECONDS):
             make_plan(load_study(path, TINY))
     except WorkbenchError as error:
-        assert str(error).strip()
-        return "refused"
+        return "refused" if str(error).strip() else "refused without a word"
     return "planned"
 
 
@@ -86,8 +85,7 @@ def test_watchdog_ends_a_hang():
     with pytest.raises(Hang), watched(60, 0.05):
         time.sleep(5)
     with pytest.raises(Hang), watched(0.05, 60):
-        while True:
-            pass
+        sum(range(10**10))
 
 
 @pytest.mark.ci
@@ -100,6 +98,7 @@ def test_no_mutated_study_file_raises_or_hangs(tmp_path):
             found[fate(path)] += 1
         except BaseException as error:
             raise AssertionError(f"mutant {number}: {type(error).__name__}: {error}\n{mutant(number)}") from error
+    assert set(found) == {"planned", "refused"}
     assert found["planned"] > NUM_FILES / 100  # mutants near to a sound file, and
     assert found["refused"] > NUM_FILES / 2  # mostly files that are wrong
 

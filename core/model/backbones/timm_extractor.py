@@ -114,7 +114,9 @@ class Timm(Backbone):
             )
         except (RuntimeError, ValueError, KeyError, AttributeError) as error:
             told = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise WeightsProblem(f"{weights}: cannot be read safely as weights of timm's {self.name} ({told})") from error
+            raise WeightsProblem(
+                f"{weights}: cannot be read safely as weights of timm's {self.name} ({told})"
+            ) from error
 
 
 def _stages(name: str) -> list[dict[str, Any]]:
