@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     sync.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
     sync.set_defaults(command=_sync)
 
+    text = "check this machine: what would stop a study, and what to do"
+    doctor = commands.add_parser("doctor", help=text, description=text, parents=[runs], allow_abbrev=False)
+    _json_option(doctor)
+    doctor.set_defaults(command=_doctor)
+
     schema = commands.add_parser("schema", help="print the JSON schema of study files, for editors")
     schema.set_defaults(command=_schema)
     return parser
@@ -284,6 +289,14 @@ def _sync(options: argparse.Namespace) -> int:
     from workbench.store import Store
 
     return sync(Store(options.runs), tracking_uri=options.tracking_uri, err=sys.stderr)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from workbench import doctor
+
+    findings = doctor.examine(options.runs)
+    _write_result(options, doctor.describe(findings), doctor.as_text(findings))
+    return 1 if any(item.state == "problem" for item in findings) else 0
 
 
 def _schema(options: argparse.Namespace) -> int:  # noqa: ARG001 - every command takes the options
