@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def read_safely(path: Path) -> dict[str, Any]:
         found = "a folder" if is_dir(path) else "nothing"
         raise CheckpointProblem(f"{path}: a checkpoint file was looked for, {found} is there")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of another protocol, which are read or refused all the same
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointProblem(f"{path}: {_why_refused(error)}") from error
@@ -102,9 +104,9 @@ def read_safely(path: Path) -> dict[str, Any]:
 
 
 def _why_refused(error: pickle.UnpicklingError) -> str:
-    name = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error))
+    name = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
     if name is None:
-        return f"cannot be read as a torch checkpoint ({_first_line(error)})"
+        return "is none of torch's files, or no whole one"  # torch's own words advise to read it unsafely
     return (
         f"holds a {name[1]}, which reading would run as code; tensors, plain values and argparse.Namespace are read. "
         "Where you trust the file, load it yourself and save {'model': its state dict} as a new one"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from core.config import ExperimentConfig, ModelConfig, pretrained_backbone
+from workbench.contacts import named_by_file
 from workbench.study import FEWEST_SEEDS, Study
 from workbench.user_code import FLAG, asked_to_run
 
@@ -21,6 +22,8 @@ def cautions(study: Study) -> Iterator[str]:
         if claim.missing:
             names = ", ".join(claim.missing)
             yield f"claim {claim.id} stays undecided: {names} not selected (--variants all runs every variant)"
+    if uri := named_by_file(study):
+        yield f"run sends its records to {uri}, which the study's file or profile names (--tracking-uri: elsewhere)"
     for line in asked_to_run(study):
         yield f"{line}: run needs {FLAG}"
     for is_odd, text in _ODD:

@@ -8,6 +8,7 @@ its checkpoint.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -230,6 +231,7 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
     if plain.get("format") != FORMAT:
         raise StoreError(f"a plan of format {plain.get('format')!r} cannot be read; this version reads {FORMAT}")
     try:
+        _check_names(plain)
         return Plan(
             study=_study_from_json(plain["study"]),
             plan_hash=plain["plan_hash"],
@@ -242,6 +244,16 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
         raise StoreError(f"a plan of another version ({told}): run the study again to write it anew") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"a plan cannot be read ({error}): run the study again to write it anew") from error
+
+
+def _check_names(plain: dict[str, Any]) -> None:
+    """Refuse names that are no names of files: records may be a stranger's, and their names become paths."""
+    study, trials, specs = plain["study"], plain["trials"], plain["specs"]
+    names = [study["name"], study["profile"], plain["plan_hash"], *specs, *(trial["trial_id"] for trial in trials)]
+    names += [eval_id for spec in specs.values() for eval_id in spec["evaluations"]]
+    names += [eval_id for trial in trials for eval_id in trial["evaluations"].values()]
+    if wrong := [name for name in names if not re.fullmatch(r"[^/\0.][^/\0]{0,99}", str(name))]:
+        raise StoreError(f"a plan with a name that is none ({str(wrong[0])[:60]!r}): this program did not write it")
 
 
 def _study_from_json(plain: dict[str, Any]) -> Study:

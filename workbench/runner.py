@@ -17,6 +17,7 @@ from typing import Literal, TextIO
 from core.model import kernel
 from workbench import commands, report
 from workbench.attempts import read as read_attempts
+from workbench.contacts import refuse_credentials
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
@@ -64,6 +65,8 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
     """
     if not options.allow_code:
         refuse_code(plan)
+    if options.tracking_uri is None:
+        refuse_credentials(plan.study)
     try:
         source = plan.study.path.read_text(encoding="utf-8")
     except OSError as error:

@@ -24,6 +24,7 @@ from core.config import ExperimentConfig
 from core.metrics import NUMBER_NAMES
 from core.parts import dotted_keys
 from core.recipes import DEFAULT, RECIPES
+from workbench.contacts import server
 from workbench.problems import Problems, as_key, did_you_mean, in_words, shown
 from workbench.yaml12 import Document, Path_
 
@@ -85,6 +86,9 @@ Duration = Annotated[
     BeforeValidator(seconds_of),
     WithJsonSchema({"type": ["string", "integer"], "description": "seconds, or 90s, 10m, 1h30m, 2d"}),
 ]
+
+
+TrackingUri = Annotated[str, AfterValidator(server)]
 
 
 class FilePart(BaseModel):
@@ -168,7 +172,7 @@ class ProfilePart(FilePart):
     looks: LooksPart | None = None
     margins: dict[Metric, Margin] = {}
     budget: Duration | None = None
-    tracking_uri: str | None = None
+    tracking_uri: TrackingUri | None = Field(default=None, description="of an MLflow server: http://HOST:PORT")
     execution: ExecutionPart = ExecutionPart()
     set: Overrides = {}
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray._private import ray_constants
 
 from workbench.errors import WorkbenchError
 from workbench.execution import Job
@@ -62,10 +63,11 @@ def run_on_ray(job: Job) -> None:
 
 
 def _start(job: Job) -> None:
+    listen_to_others(allowed=job.address is not None)
     if job.address is not None:
         ray.init(address=job.address, logging_level=logging.ERROR, log_to_driver=False)
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, bound to loopback
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, which only this machine can reach
     ray.init(
         address="local",
         num_cpus=job.resources.cores,
@@ -74,6 +76,19 @@ def _start(job: Job) -> None:
         log_to_driver=False,
         object_store_memory=100 * 1024**2,
     )
+
+
+def listen_to_others(*, allowed: bool) -> None:
+    """Let what Ray starts from here on be reached from other machines, or bind it all to loopback.
+
+    On Linux Ray listens to every network, also for one machine, where no token guards it. Its switch for systems
+    without clusters makes it use loopback; this process has read it already, those that it starts will.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = allowed
+    if allowed:
+        os.environ.pop(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, None)
+    else:
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
 
 
 def _check_resources(job: Job) -> None:
