@@ -385,3 +385,29 @@ def test_ray_listens_to_this_machine_alone():
     found = [tuple(line.split()[:2]) for line in done.stdout.splitlines()]
     assert {"gcs_server", "raylet"} <= {name for _, name in found}, done.stderr
     assert {address.partition(":")[0] for address, _ in found} <= LOOPBACK, found
+
+
+@pytest.mark.ci
+def test_rays_token_is_in_no_record_and_no_log(tmp_path):
+    """A study under Ray with token authentication leaves the token nowhere in the runs folder, nor on the screen."""
+    token = "f00d" * 16
+    path = tmp_path / "study.yaml"
+    path.write_text(HEAD + "variants: {v0: {}, v1: {set: {loss.weight_giou: 4.0}}}\n")
+    sets = [word for item in TINY for word in ("--set", item)]
+    command = [sys.executable, "-m", "workbench", "run", str(path), "--profile", "smoke", "--seeds", "1", *sets]
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
+    runs = tmp_path / "runs"
+    done = subprocess.run(
+        [*command, "--runs", str(runs), "--tracking-uri", "http://127.0.0.1:9"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert token not in done.stdout + done.stderr
+    files = [file for file in runs.rglob("*") if file.is_file()]
+    assert any(file.name == "ray.log" for file in files)
+    assert [file for file in files if token.encode() in file.read_bytes()] == []

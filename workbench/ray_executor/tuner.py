@@ -68,14 +68,20 @@ def _start(job: Job) -> None:
         ray.init(address=job.address, logging_level=logging.ERROR, log_to_driver=False)
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, which only this machine can reach
-    ray.init(
-        address="local",
-        num_cpus=job.resources.cores,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        object_store_memory=100 * 1024**2,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=job.resources.cores,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=100 * 1024**2,
+        )
+    except (OSError, RuntimeError, ValueError) as error:  # no room, no loopback, names of sockets too long, ...
+        raise WorkbenchError(
+            f"Ray cannot be started here ({str(error).strip().splitlines()[0]}): `python -m workbench doctor` says "
+            "what this machine lacks, and run --executor inline goes without Ray"
+        ) from error
 
 
 def listen_to_others(*, allowed: bool) -> None:
