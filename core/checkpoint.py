@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from core.checkpoint_files import (
     sha256,
     write_sidecar,
 )
+from core.paths import is_dir, is_file
 
 FORMAT = 1
 KEPT = 2
@@ -125,11 +127,12 @@ def read_safely(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointProblem: if there is no such file, it is none of torch's, or it holds other objects.
     """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
+    if not is_file(path):
+        found = "a folder" if is_dir(path) else "nothing"
         raise CheckpointProblem(f"{path}: a checkpoint file was looked for, {found} is there")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of another protocol, which are read or refused all the same
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointProblem(f"{path}: {_why_refused(error)}") from error
@@ -141,9 +144,9 @@ def read_safely(path: Path) -> dict[str, Any]:
 
 
 def _why_refused(error: pickle.UnpicklingError) -> str:
-    name = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error))
+    name = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
     if name is None:
-        return f"cannot be read as a torch checkpoint ({_first_line(error)})"
+        return "is none of torch's files, or no whole one"  # torch's own words advise to read it unsafely
     return (
         f"holds a {name[1]}, which reading would run as code; tensors, plain values and argparse.Namespace are read. "
         "Where you trust the file, load it yourself and save {'model': its state dict} as a new one"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from core.config import ExperimentConfig, ModelConfig, pretrained_backbone
+from workbench.contacts import named_by_file
 from workbench.study import FEWEST_SEEDS, Study
 from workbench.user_code import FLAG, asked_to_run
 
@@ -12,22 +13,28 @@ LARGEST_VALID_SIDE = 0.99
 
 def cautions(study: Study) -> Iterator[str]:
     """Yield the warnings of a study."""
-    last = study.looks[-1].seeds
-    if study.search is not None or study.tuned is not None:
-        yield from _of_search(study)
-    if study.search is None and not study.gives_verdicts:
-        yield f"profile {study.profile} tests the plumbing: it never gives a verdict"
-    elif study.search is None and last < FEWEST_SEEDS:
-        yield f"{last} seeds cannot reach a verdict: {FEWEST_SEEDS} or more are needed (--seeds {FEWEST_SEEDS})"
+    yield from _of_search(study) if study.search is not None or study.tuned is not None else ()
+    yield from _of_verdicts(study) if study.search is None else ()
     for claim in study.claims:
         if claim.missing:
             names = ", ".join(claim.missing)
             yield f"claim {claim.id} stays undecided: {names} not selected (--variants all runs every variant)"
+    if uri := named_by_file(study):
+        yield f"run sends its records to {uri}, which the study's file or profile names (--tracking-uri: elsewhere)"
     for line in asked_to_run(study):
         yield f"{line}: run needs {FLAG}"
     for is_odd, text in _ODD:
         if names := [variant.name for variant in study.variants if is_odd(variant.config)]:
             yield text.format(", ".join(names))
+
+
+def _of_verdicts(study: Study) -> Iterator[str]:
+    """Yield why no verdict can come of it."""
+    last = study.looks[-1].seeds
+    if not study.gives_verdicts:
+        yield f"profile {study.profile} tests the plumbing: it never gives a verdict"
+    elif last < FEWEST_SEEDS:
+        yield f"{last} seeds cannot reach a verdict: {FEWEST_SEEDS} or more are needed (--seeds {FEWEST_SEEDS})"
 
 
 def _of_search(study: Study) -> Iterator[str]:

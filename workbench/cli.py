@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _evaluate_options(commands)
 
-    _gate_options(commands, runs)
+    _doctor_options(commands, runs)
 
     sync = commands.add_parser("sync", help="bring MLflow up to the records", parents=[runs], allow_abbrev=False)
     sync.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
@@ -123,10 +123,10 @@ def _evaluate_options(commands: Any) -> None:
     parser.set_defaults(command=_evaluate)
 
 
-def _gate_options(commands: Any, runs: argparse.ArgumentParser) -> None:
-    text = "does this code, on this data, score what was published and learn as it should? docs/budget.md"
+def _doctor_options(commands: Any, runs: argparse.ArgumentParser) -> None:
+    text = "check this machine; with --profile: does the code score what was published, and learn as it should?"
     parser = commands.add_parser("doctor", help=text, description=text, parents=[runs], allow_abbrev=False)
-    parser.add_argument("--profile", metavar="P", required=True, help="the scale that is to be checked")
+    parser.add_argument("--profile", metavar="P", help="check detector and data at this scale: docs/budget.md")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="an official file of DETR or Deformable DETR")
     parser.add_argument("--data", type=Path, metavar="DIR", help="COCO 2017")
     parser.add_argument("--recipe", metavar="NAME", help="of a file whose tensors fit several")
@@ -349,9 +349,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from workbench.gate_command import doctor
+    """Look at the machine, or with a profile at detector and data."""
+    if options.profile is None:
+        from workbench import doctor
 
-    return doctor(
+        if options.checkpoint or options.data or options.record_band:
+            raise WorkbenchError("doctor: --checkpoint, --data and --record-band need --profile P")
+        findings = doctor.examine(options.runs)
+        _write_result(options, doctor.describe(findings), doctor.as_text(findings))
+        return 1 if any(item.state == "problem" for item in findings) else 0
+
+    from workbench.gate_command import doctor as gate
+
+    return gate(
         options,
         write=lambda described, text: _write_result(options, described, text),
         tell=lambda line: _write(sys.stderr, f"{line}\n"),

@@ -1,5 +1,6 @@
 """What two configurations differ in, and whether the variants of a study differ in what they say."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,12 @@ def check_differences(variants: Sequence[Variant], baseline: str, document: Docu
     """Tell the variants that equal another one, and those that differ from the baseline in keys nobody asked for."""
     first = next((variant for variant in variants if variant.name == baseline), None)
     ordered = [*([first] if first else []), *(variant for variant in variants if variant.name != baseline)]
-    for position, variant in enumerate(ordered):
+    names: dict[str, str] = {}  # by what is computed
+    for variant in ordered:
         place, key = document.place(("variants", variant.name)), f"variants.{variant.name}"
-        twins = [other for other in ordered[:position] if not differences(other.config, variant.config)]
-        if twins:
-            whom = f"the baseline {baseline}" if twins[0].name == baseline else f"variant {twins[0].name}"
+        twin = names.setdefault(json.dumps(scientific(variant.config), sort_keys=True), variant.name)
+        if twin != variant.name:
+            whom = f"the baseline {baseline}" if twin == baseline else f"variant {twin}"
             problems.add(place, key, f"computes the same as {whom}: set what differs, or remove it")
         elif first and variant is not first:
             for asked_not, text in _unasked(first, variant).items():

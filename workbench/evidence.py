@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import correlation, fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.metrics import Metrics
+from workbench.provenance import COMPARED
 from workbench.study import Claim, Look, Parameters, PlannedTrial, Term
 
 if TYPE_CHECKING:  # store imports verdict, which imports this
     from workbench.records import StudyResults, TrialRecord
 
-_PROVENANCE = ("code_hash", "torch", "threads", "kernel", "device")
+OF_A_GPU_PAIR = ("device", "gpu", "world_size", "precision")
+"""What the trials of a pair share on GPUs, where not even the same seed gives the same numbers twice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +36,9 @@ class Evidence:
     terms: dict[int, tuple[float, ...]]
     baseline_ap: float | None  # mean over its finished trials
     still_rising: tuple[str, ...]
-    mixed: tuple[str, ...]  # provenance fields in which the trials differ
+    mixed: tuple[str, ...]  # provenance facts in which the trials differ
+    changed_within: tuple[str, ...]  # trials whose attempts differ in it, as when code is edited before a resume
+    unlike_pairs: tuple[str, ...]  # seeds whose trials differ in GPU, number of processes or precision
 
     @property
     def complete(self) -> bool:
@@ -79,7 +84,9 @@ def gather(results: StudyResults, claim: Claim, look: Look) -> Evidence:
         terms=terms,
         baseline_ap=_baseline_ap([trial for trial in finished if trial.variant == baseline], records),
         still_rising=_still_rising(claim, finished, records),
-        mixed=_mixed_provenance([records[trial.variant, trial.seed] for trial in finished]),
+        mixed=_mixed_provenance(records[trial.variant, trial.seed] for trial in finished),
+        changed_within=_changed_within(finished, records),
+        unlike_pairs=_unlike_pairs(finished, records),
     )
 
 
@@ -155,9 +162,29 @@ def _last_gain(record: TrialRecord, term: Term) -> float | None:
     return None if before is None or last is None else last - before
 
 
-def _mixed_provenance(records: list[TrialRecord]) -> tuple[str, ...]:
-    """Return the provenance fields that are not the same in all records; who used no kernel agrees with any."""
-    provenances = [record.result.get("provenance", {}) for record in records if record.result]
-    found = {field: {str(p.get(field)) for p in provenances} for field in _PROVENANCE}
-    found["kernel"].discard(str(None))
-    return tuple(field for field, values in found.items() if len(values) > 1)
+def _mixed_provenance(records: Iterable[TrialRecord]) -> tuple[str, ...]:
+    """Return the provenance facts that are not the same in all records; what is not known agrees with anything."""
+    provenances = [_provenance(record) for record in records]
+    found = {fact: {str(p[fact]) for p in provenances if p.get(fact) is not None} for fact in COMPARED}
+    return tuple(fact for fact, values in found.items() if len(values) > 1)
+
+
+def _changed_within(trials: list[PlannedTrial], records: Records) -> tuple[str, ...]:
+    """Name the trials that went on as something else than they began as, and in which facts."""
+    mixed = {_name(trial): _provenance(records[trial.variant, trial.seed]).get("mixed", {}) for trial in trials}
+    return tuple(f"{name} ({', '.join(facts)})" for name, facts in mixed.items() if facts)
+
+
+def _unlike_pairs(trials: list[PlannedTrial], records: Records) -> tuple[str, ...]:
+    """Name the seeds whose trials were not computed alike on GPUs, and in which facts."""
+    unlike: list[str] = []
+    for seed, of_seed in groupby(sorted(trials, key=lambda trial: trial.seed), lambda trial: trial.seed):
+        pair = [records[trial.variant, trial.seed] for trial in of_seed]
+        on_gpu = any(str(_provenance(record).get("device")).startswith("cuda") for record in pair)
+        facts = [fact for fact in _mixed_provenance(pair) if fact in OF_A_GPU_PAIR] if on_gpu else []
+        unlike += [f"seed {seed} ({', '.join(facts)})"] if facts else []
+    return tuple(unlike)
+
+
+def _provenance(record: TrialRecord) -> dict[str, Any]:
+    return (record.result or {}).get("provenance", {})

@@ -185,16 +185,20 @@ def _wake(settings: Settings, waiting: list[tuple[Assignment, str]]) -> list[tup
     """Set what has waited for its part and finds it now, unless a later layer has set it; return what still waits."""
     still: list[tuple[Assignment, str]] = []
     for item, label in waiting:
-        later = any(
-            setting.place != DEFAULT and setting.label != label
-            for key, setting in settings.items()
-            if f"{key}.".startswith(f"{item.key}.")
-        )
-        if _fits(item.key, settings) and not later:
+        if _fits(item.key, settings) and not _set_later(item.key, label, settings):
             _assign(settings, item, label)
         else:
             still.append((item, label))
     return still
+
+
+def _set_later(key: str, label: str, settings: Settings) -> bool:
+    """Tell whether a layer other than `label` has set the key or one below it."""
+    return any(
+        setting.place != DEFAULT and setting.label != label
+        for known, setting in settings.items()
+        if f"{known}.".startswith(f"{key}.")
+    )
 
 
 def _assign(settings: Settings, item: Assignment, label: str) -> None:

@@ -9,6 +9,7 @@ its checkpoint.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
@@ -22,8 +23,10 @@ from core.config import CocoFolder, EvaluationConfig, ExperimentConfig, pretrain
 from core.data.fingerprint import DataProblem, fingerprint, inspect_folder
 from core.metrics import NUMBER_NAMES
 from core.parts import scientific
+from core.paths import is_file
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
+from workbench.redaction import redact
 from workbench.study import Parameters, Plan, PlannedTrial, Study, TrialSpec
 from workbench.user_code import sources
 
@@ -161,7 +164,7 @@ def weights_file(config: ExperimentConfig) -> Path | None:
     if backbone is None or backbone.weights in (None, "torchvision"):
         return None
     path = _packaged_weights() if backbone.weights == "package" else Path(backbone.weights).expanduser().resolve()
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: no such weights file; set model.backbone.weights to an existing one, or to null")
     return path
 
@@ -203,6 +206,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     study = {name: getattr(plan.study, name) for name in Study.__dataclass_fields__}
     study |= {
         "path": str(plan.study.path),
+        "tracking_uri": plan.study.tracking_uri and redact(plan.study.tracking_uri),
         "variants": [
             {
                 "name": variant.name,
@@ -250,6 +254,7 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
     if type(written) is not int or not 1 <= written <= FORMAT:
         raise StoreError(f"a plan of format {written!r} cannot be read; this version reads {FORMAT}: upgrade it")
     try:
+        _check_names(plain)
         study = _STUDY.validate_python(_study_with_selection(plain["study"]))
         specs = {
             trial_id: _SPEC.validate_python({**spec, "trial_id": trial_id}) for trial_id, spec in plain["specs"].items()
@@ -272,6 +277,16 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
 
 
 _STUDY, _SPEC, _TRIAL = TypeAdapter(Study), TypeAdapter(TrialSpec), TypeAdapter(PlannedTrial)
+
+
+def _check_names(plain: dict[str, Any]) -> None:
+    """Refuse names that are no names of files: records may be a stranger's, and their names become paths."""
+    study, trials, specs = plain["study"], plain["trials"], plain["specs"]
+    names = [study["name"], study["profile"], plain["plan_hash"], *specs, *(trial["trial_id"] for trial in trials)]
+    names += [eval_id for spec in specs.values() for eval_id in spec["evaluations"]]
+    names += [eval_id for trial in trials for eval_id in trial["evaluations"].values()]
+    if wrong := [name for name in names if not re.fullmatch(r"[^/\0.][^/\0]{0,99}", str(name))]:
+        raise StoreError(f"a plan with a name that is none ({str(wrong[0])[:60]!r}): this program did not write it")
 
 
 def _study_with_selection(plain: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from workbench.errors import StudyFileError
 
 LONGEST_SHOWN = 60  # characters of a found value
+MOST_TOLD = 100  # problems
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -45,9 +46,11 @@ class Problems:
         return bool(self._found)
 
     def lines(self) -> list[str]:
-        """Return one line for each problem, by file and line."""
+        """Return one line for each problem, by file and line; of very many the first, and how many more there are."""
         ordered = sorted(self._found)
-        return [f"{place}: {key}: {text}" if key else f"{place}: {text}" for place, key, text in ordered]
+        told = [f"{place}: {key}: {text}" if key else f"{place}: {text}" for place, key, text in ordered[:MOST_TOLD]]
+        more = len(ordered) - len(told)
+        return [*told, f"and {more} more problems"] if more else told
 
     def raise_if_any(self) -> None:
         """Raise a StudyFileError that holds every problem."""
@@ -100,6 +103,7 @@ _BOUNDS = {
     "less_than": ("lt", "below {}"),
     "less_than_equal": ("le", "at most {}"),
     "too_short": ("min_length", "a list of at least {}"),
+    "too_long": ("max_length", "at most {} of them"),
     "string_too_short": ("min_length", "text of at least {} character"),
     "string_pattern_mismatch": ("pattern", "text of the form {}"),
 }

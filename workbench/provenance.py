@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import core
+from workbench import code_state
 
 _CODE = {".py", ".cpp", ".h"}
 LIBRARIES = (
@@ -27,13 +28,17 @@ LIBRARIES = (
     "pydantic",
 )
 
+COMPARED = ("code_hash", "torch", "threads", "kernel", "device", "gpu", "precision", "world_size")
+"""The facts in which trials of one claim, and attempts at one trial, must not differ unseen."""
 
-def collect(*, threads: int, device: str) -> dict[str, Any]:
-    """Return what a result of this process depends on, as plain JSON values."""
+
+def collect(*, threads: int, device: str, precision: str) -> dict[str, Any]:
+    """Return what a result of this process depends on, as plain JSON values, as far as it is known before a step."""
     revision, dirty = git()
     return {
         "git_revision": revision,
         "git_dirty": dirty,
+        **code_state.current().to_json(),
         "code_hash": code_hash(),
         "torch": _version("torch"),
         "versions": {name: _version(name) for name in LIBRARIES},
@@ -44,6 +49,38 @@ def collect(*, threads: int, device: str) -> dict[str, Any]:
         "gpus": list(visible_gpus()) if device != "cpu" else [],
         "threads": threads,
         "device": device,
+        "precision": precision,
+    }
+
+
+def computed(device: str) -> dict[str, Any]:
+    """Return what is known of the numbers only where they were computed: the kernel, the GPU and torch's switches."""
+    return {"kernel": kernel(), "gpu": _gpu(device), "switches": _switches()}
+
+
+def _gpu(device: str) -> str | None:
+    """Return the type of the GPU that this process computes on; None on a CPU."""
+    if device == "cpu":
+        return None
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name(torch.device(device))
+    names = dict.fromkeys(visible_gpus())
+    return " + ".join(names) or None
+
+
+def _switches() -> dict[str, Any]:
+    """Return the settings of torch that decide how sums are done, where it is loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }
 
 
@@ -66,10 +103,10 @@ def code_hash() -> str:
 @cache
 def git() -> tuple[str | None, bool | None]:
     """Return the revision of the working tree that `core` lies in, and whether it has changes; None without git."""
-    revision = _git("rev-parse", "HEAD")
+    revision = code_state.git("rev-parse", "HEAD")
     if revision is None:
         return None, None
-    status = _git("status", "--porcelain")
+    status = code_state.git("status", "--porcelain")
     return revision, None if status is None else bool(status)
 
 
@@ -89,24 +126,18 @@ def visible_gpus() -> tuple[str, ...]:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown in ("", "-1") or shutil.which("nvidia-smi") is None:
         return ()
-    names = _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    found = tuple(names.splitlines()) if names else ()
-    return found if shown is None else found[: len(shown.split(","))]
+    listed = _run("nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader") or ""
+    found = [line.split(", ", 2) for line in listed.splitlines() if line.count(", ") >= 2]
+    if shown is None:
+        return tuple(name for _, _, name in found)
+    asked = [word.strip() for word in shown.split(",")]
+    chosen = [name for word in asked for index, uuid, name in found if word == index or uuid.startswith(word)]
+    return tuple(chosen) or tuple(name for _, _, name in found[: len(asked)])  # a part of a GPU has a name of its own
 
 
 def tool(name: str) -> str:
     """Return how to call a program that was installed beside this Python: by name where the shell finds it."""
     return name if shutil.which(name) else f"{shlex.quote(sys.executable)} -m {name}"
-
-
-def _git(*arguments: str) -> str | None:
-    folder = Path(core.__path__[0])
-    if (
-        shutil.which("git") is None
-        or _run("git", "-C", str(folder), "ls-files", "--error-unmatch", "config.py") is None
-    ):
-        return None  # no git, or an installed copy that only happens to lie inside some working tree
-    return _run("git", "-C", str(folder), *arguments)
 
 
 def _run(*command: str) -> str | None:

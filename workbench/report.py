@@ -229,6 +229,8 @@ def _facts(results: StudyResults) -> Iterable[str]:
     cost = duration(sum(record.total_seconds for record in records))
     yield f"Cost: {cost} of worker time in {len(records)} trials" + (f" ({outcomes})." if outcomes else ".")
     yield from expenses.facts(results)
+    if packed := sum(_is_packed(record) for record in records):
+        yield f"Times: {packed} trials shared a GPU with others, so no time here is that of a variant alone."
     lines = list(dict.fromkeys(line for record in records for line in _left_out(record)))
     yield "Left out of the data: " + ("; ".join(lines) if lines else "nothing") + "."
     found = [f"{record.trial_id} {name}" for record in records for name in (record.result or {}).get("damaged", [])]
@@ -242,6 +244,12 @@ def _facts(results: StudyResults) -> Iterable[str]:
     yield f"Plan {results.plan.plan_hash[:12]}. To repeat: {commands.command(results)}"
 
 
+def _is_packed(record: TrialRecord) -> bool:
+    """Tell whether a trial shared its GPU with others, which changes how long it took and nothing else."""
+    share = (record.result or {}).get("provenance", {}).get("gpu_share")
+    return share is not None and share < 1
+
+
 def _left_out(record: TrialRecord) -> list[str]:
     report = (record.result or {}).get("data_report", {})
     if not any(key.endswith(".examples") for key in report):
@@ -252,11 +260,15 @@ def _left_out(record: TrialRecord) -> list[str]:
 
 
 def _hardware(provenance: dict[str, Any]) -> str:
-    device = ", ".join(provenance.get("gpus") or []) or provenance.get("cpu") or provenance["device"]
-    return f"{device}, threads a trial: {provenance['threads']}"
+    gpus = provenance.get("gpu") or ", ".join(provenance.get("gpus") or [])
+    processes = f"processes a trial: {provenance['world_size']}, " if provenance.get("world_size", 1) > 1 else ""
+    device = gpus or provenance.get("cpu") or provenance["device"]
+    return f"{device}, {processes}threads a trial: {provenance['threads']}"
 
 
 def _software(provenance: dict[str, Any]) -> str:
     revision = (provenance.get("git_revision") or "unknown")[:12]
-    changed = " with local changes" if provenance.get("git_dirty") else ""
-    return f"revision {revision}{changed}, core code {provenance['code_hash']}, torch {provenance['torch']}"
+    kept = f" (code/{provenance['diff']})" if provenance.get("diff") else ""
+    changed = f" with local changes{kept}" if provenance.get("git_dirty") else ""
+    code = " then ".join(provenance.get("mixed", {}).get("code_hash", [provenance["code_hash"]]))
+    return f"revision {revision}{changed}, core code {code}, torch {provenance['torch']}"

@@ -185,7 +185,9 @@ def _caption(table: Table) -> str:
 
 
 def _md(said: str) -> str:
-    return said.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*")
+    for character, instead in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("_", "\\_"), ("*", "\\*"), ("](", "]\\(")):
+        said = said.replace(character, instead)  # the last so that no text becomes a link
+    return said
 
 
 def _md_table(table: Table) -> str:

@@ -15,6 +15,7 @@ from core.model import kernel
 from workbench import commands, disk, durable, gate, hook, report
 from workbench.attempts import Attempt, end_for_dead
 from workbench.budget import Budget, watching
+from workbench.contacts import refuse_credentials
 from workbench.costs import machine_of
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import Job, StopRequest, resources_for, run_inline
@@ -76,6 +77,8 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         refuse_code(plan)
     if options.on_end is not None:
         hook.checked(options.on_end)
+    if options.tracking_uri is None:
+        refuse_credentials(plan.study)
     try:
         source = plan.study.path.read_text(encoding="utf-8")
     except OSError as error:

@@ -70,6 +70,11 @@ class Store:
         return self.root / "index"
 
     @property
+    def code_dir(self) -> Path:
+        """Where the code that trials were computed with is kept, as differences to a revision."""
+        return self.root / "code"
+
+    @property
     def mlflow_database(self) -> Path:
         """The embedded MLflow database."""
         return self.root / "mlflow.db"

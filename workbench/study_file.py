@@ -25,11 +25,19 @@ from workbench.overrides import (
     resolve,
     without_wrong_values,
 )
-from workbench.problems import DEFAULT, Place, Problems, as_key, did_you_mean
+from workbench.problems import DEFAULT, LONGEST_SHOWN, Place, Problems, as_key, did_you_mean
 from workbench.recipes import recipe_layer
 from workbench.search_file import SearchReader
 from workbench.study import SEARCH_SEED, Claim, Execution, Look, Study, Variant
-from workbench.study_schema import ExecutionPart, ProfilePart, StudyPart, read_part, seconds_of
+from workbench.study_schema import (
+    MOST_PROFILES,
+    MOST_VARIANTS,
+    ExecutionPart,
+    ProfilePart,
+    StudyPart,
+    read_part,
+    seconds_of,
+)
 from workbench.tracking import problem_with as problem_with_uri
 from workbench.tuned import TunedFile
 from workbench.user_code import custom_parts, problem_with
@@ -38,6 +46,7 @@ from workbench.yaml12 import Document, Path_
 SHIPPED_PROFILES = Path(__file__).resolve().parent.parent / "studies" / "profiles"
 ONE_LOOK_ALPHA = 0.05
 MOST_SEEDS = 1000
+MOST_TRIALS = 10_000
 _EXECUTION_NAMES = {"stall_after": "stall_seconds", "quota": "quota_bytes"}
 UNREAD = {
     "version": 1,
@@ -118,9 +127,15 @@ class _Loader:
         self.profile_name = selection.profile_name()
         self.document = yaml12.read_file(path, problems)
         self.file, self.wrong = read_part(StudyPart, self.document, problems, stand_in=UNREAD)
-        self.names = self.document.names("variants")  # also those left out of `file` because they are wrong
         self.search = SearchReader(self.document, self.file.search, problems) if self.file.search else None
         self.tuned = TunedFile(self.document, self.file.tuned, problems) if self.file.tuned else None
+        self.names = self._names("variants", MOST_VARIANTS)  # also those left out of `file` because they are wrong
+        self.blocks = self._names("profiles", MOST_PROFILES)
+
+    def _names(self, section: str, most: int) -> list[str]:
+        """Return the names in a section; none where there are too many to look at, which the form's check has told."""
+        names = self.document.names(section)
+        return names if len(names) <= most else []
 
     def load(self) -> Study | None:
         """Return the study, or None where anything is wrong."""
@@ -138,6 +153,11 @@ class _Loader:
         search = self.search.read(variants, layers) if self.search and variants else None
         budget = self._budget(profile)
         uri = self._tracking_uri(profile)
+        num_trials = len(selected) * looks[-1].seeds if looks else 0
+        if num_trials > MOST_TRIALS:
+            asked = f"{len(selected)} variants with {looks[-1].seeds} seeds are {num_trials} trials"
+            text = f"{asked}; allowed: {MOST_TRIALS}"
+            self.problems.add(Place(str(self.path)), "", text)
         if self.problems or not looks:
             return None
         chosen = [variant for variant in variants if variant.name in selected]
@@ -167,7 +187,7 @@ class _Loader:
     def _profile(self) -> tuple[ProfilePart, Document]:
         """Return the profile's file with the study's own block laid over it, and the document of the file."""
         known = profile_names(self.path)
-        for block in self.document.names("profiles"):
+        for block in self.blocks:
             at = ("profiles", block)
             self._check_name(block, known, "profile", self.document.place(at), as_key(at))
         document = Document(source=self.profile_name, value={})
@@ -193,7 +213,7 @@ class _Loader:
         """Return the layers of each variant, lowest first."""
         recipe = recipe_layer(self.file.recipe, self.document.value_place(("recipe",)))
         study = self._layer("study", ())
-        blocks = {name: self._layer(f"profile {name}", ("profiles", name)) for name in self.document.names("profiles")}
+        blocks = {name: self._layer(f"profile {name}", ("profiles", name)) for name in self.blocks}
         own = {name: self._layer(f"variant {name}", ("variants", name)) for name in self.names}
         scale = [read_layer(f"profile {self.profile_name}", profile_document, ("set",), self.problems)]
         scale += [blocks[self.profile_name]] if self.profile_name in blocks else []
@@ -283,7 +303,7 @@ class _Loader:
     def _check_references(self) -> None:
         """Tell the names of variants that do not exist, also in entries that are wrong otherwise."""
         found: list[Path_] = [("baseline",)]
-        for block in self.document.names("profiles"):
+        for block in self.blocks:
             listed = self.document.at(("profiles", block, "variants"))
             found += [
                 ("profiles", block, "variants", at) for at in range(len(listed) if isinstance(listed, list) else 0)
@@ -302,7 +322,7 @@ class _Loader:
     def _check_name(self, name: str, known: list[str], what: str, place: Place, key: str = "") -> bool:
         """Tell a name that is not among the known ones; say whether it is."""
         if name not in known and known:
-            text = f"no such {what}: {name!r}; {did_you_mean(name, known)}there are: {', '.join(known)}"
+            text = f"no such {what}: {name[:LONGEST_SHOWN]!r}; {did_you_mean(name, known)}there are: {', '.join(known)}"
             self.problems.add(place, key, text)
         return name in known
 

@@ -25,12 +25,14 @@ from core.config import ExperimentConfig
 from core.metrics import NUMBER_NAMES
 from core.parts import dotted_keys
 from core.recipes import DEFAULT, RECIPES
+from workbench.contacts import server
 from workbench.problems import Problems, as_key, did_you_mean, in_words, shown
 from workbench.yaml12 import Document, Path_
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 Overrides = dict[str, Any]  # keys of ExperimentConfig, dotted or nested
 LARGEST_MARGIN = 0.2  # above it somebody wrote points
+MOST_VARIANTS, MOST_CLAIMS, MOST_PROFILES, MOST_TERMS = 200, 200, 50, 50  # else a file is checked for minutes
 
 
 def _known(metric: str) -> str:
@@ -87,6 +89,9 @@ Duration = Annotated[
 ]
 
 
+TrackingUri = Annotated[str, AfterValidator(server)]
+
+
 class FilePart(BaseModel):
     """A mapping of a study file: refuses unknown keys and silent conversions."""
 
@@ -118,7 +123,7 @@ class ClaimPart(FilePart):
     text: str = Field(min_length=1)
     plus: str | None = None
     minus: str | None = None
-    terms: list[TermPart] | None = None
+    terms: list[TermPart] | None = Field(default=None, max_length=MOST_TERMS)
     metric: Metric | None = None
     parameters: Literal["averaged", "raw"] | None = None
     kind: Literal["superiority", "equivalence"]
@@ -168,7 +173,7 @@ class ProfilePart(FilePart):
     looks: LooksPart | None = None
     margins: dict[Metric, Margin] = {}
     budget: Duration | None = None
-    tracking_uri: str | None = None
+    tracking_uri: TrackingUri | None = Field(default=None, description="of an MLflow server: http://HOST:PORT")
     execution: ExecutionPart = ExecutionPart()
     set: Overrides = {}
 
@@ -219,10 +224,10 @@ class StudyPart(FilePart):
     recipe: Recipe = DEFAULT
     set: Overrides = {}
     baseline: str = Field(description="the variant that the others are compared to")
-    variants: dict[str, VariantPart | None] = Field(min_length=1)
-    claims: list[ClaimPart] = []
+    variants: dict[str, VariantPart | None] = Field(min_length=1, max_length=MOST_VARIANTS)
+    claims: list[ClaimPart] = Field(default=[], max_length=MOST_CLAIMS)
     scope: Literal["seeds"] = Field(description="what the verdict generalises over: seeds, on this validation set")
-    profiles: dict[str, ProfilePart | None] = {}
+    profiles: dict[str, ProfilePart | None] = Field(default={}, max_length=MOST_PROFILES)
     execution: ExecutionPart = Field(
         default=ExecutionPart(), description="at every profile, unless that says otherwise"
     )

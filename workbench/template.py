@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from workbench import provenance
+from workbench import code_state, provenance
 
 AVAILABLE = sys.platform == "linux"
 """Elsewhere forking after imports is not safe (macOS) or not there (Windows)."""
@@ -160,6 +160,7 @@ def serve(requests: int, answers: int, modules: Sequence[str]) -> None:
         importlib.import_module(name)
     provenance.code_hash()  # of the code loaded now; the files may change while the template lives
     provenance.git()
+    code_state.current()
     gc.collect()
     gc.freeze()  # or the first collection of every fork would copy all that was imported
     ended, tell = os.pipe()

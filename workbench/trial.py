@@ -23,12 +23,13 @@ from core.checkpoint_files import keep_only
 from core.config import EvaluationConfig
 from core.custom import given_as_text
 from core.events import CheckpointPassedOver, CheckpointSaved, Event, TrainingStarted
-from workbench import attempts, disk, durable, predictions, provenance, retention, trial_files
+from workbench import attempts, disk, durable, lineage, predictions, provenance, retention, trial_files
 from workbench.errors import BusyError, WorkbenchError
 from workbench.failures import FailureClass, classify
 from workbench.lease import Heart
 from workbench.processes import Process
 from workbench.records import TrialRecord
+from workbench.redaction import redact
 from workbench.store import Store
 from workbench.study import TrialSpec
 from workbench.trainers import CoreTrainer, Trainer
@@ -122,7 +123,10 @@ class _Work:
         self._step = 0
         self._next_look = 0.0
         # Now, since the working tree may change while this process goes on with the code that it has loaded.
-        self._provenance = provenance.collect(threads=self.spec.config.training.threads, device=self.device)
+        training = self.spec.config.training
+        self._provenance = provenance.collect(
+            threads=training.threads, device=self.device, precision=training.precision
+        )
 
     @contextmanager
     def beating(self, stall_seconds: float | None) -> Iterator[None]:
@@ -159,6 +163,7 @@ class _Work:
         self._saved = [item.event for item in self.store.events(self.spec.trial_id)]
         self._rename_earlier("error.json")
         durable.write_json(self.folder / "spec.json", spec_to_json(self.spec))
+        lineage.begin(self.folder, self.attempt.number, self._provenance, code=self.store.code_dir)
 
     def _rename_earlier(self, name: str) -> None:
         path = self.folder / name
@@ -256,7 +261,7 @@ class _Work:
                 "checkpoint": trained.checkpoint and trained.checkpoint.name,
                 "data_report": dict(data_report),
                 "damaged": trial_files.damaged(self.folder),
-                "provenance": self._provenance | {"kernel": provenance.kernel()},
+                "provenance": lineage.of_result(self.folder, self.attempt.number, self._provenance),
                 "finished_at": durable.now(),
             },
         )
@@ -323,14 +328,14 @@ def spec_to_json(spec: TrialSpec) -> dict[str, Any]:
 def write_error(
     folder: Path, *, kind: FailureClass, error_type: str, message: str, attempt: int, step: int, trace: str
 ) -> None:
-    """Write error.json, in which `kind` is called `class`."""
+    """Write error.json, in which `kind` is called `class`; secrets in what was raised are left out."""
     told = {
         "class": kind,
         "type": error_type,
-        "message": message,
+        "message": redact(message),
         "attempt": attempt,
         "step": step,
-        "traceback": trace,
+        "traceback": redact(trace),
         "failed_at": durable.now(),
     }
     disk.patiently(lambda: durable.write_json(folder / "error.json", told))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from core.config import Custom, ExperimentConfig
 from core.parts import Part
+from core.paths import is_file
 from workbench import durable
 from workbench.errors import WorkbenchError
 from workbench.problems import did_you_mean
@@ -47,7 +48,7 @@ def custom_parts(part: Part, prefix: str = "") -> Iterator[CustomPart]:
 def source_file(module: str, *, beside: Path) -> Path | None:
     """Return the file of a module without importing anything: in the folder `beside`, else on Python's path."""
     file = f"{module.replace('.', '/')}.py"
-    return next((folder / file for folder in (beside, *map(Path, sys.path)) if (folder / file).is_file()), None)
+    return next((folder / file for folder in (beside, *map(Path, sys.path)) if is_file(folder / file)), None)
 
 
 def problem_with(part: CustomPart, *, beside: Path) -> str | None:
@@ -63,7 +64,7 @@ def problem_with(part: CustomPart, *, beside: Path) -> str | None:
         names = _top_level_names(path.read_bytes())
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two of nesting without end
         where = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         return f"{path}{where}: is not Python ({error.msg if isinstance(error, SyntaxError) else error})"
     if part.class_name in names or "*" in names:

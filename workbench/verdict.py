@@ -244,6 +244,12 @@ def _notes(claim: Claim, evidence: Evidence, alphas: _Alphas, looked_before: tup
         found.append(f"pairs left out: {_and(evidence.unscored)} without {metrics}")
     if evidence.mixed:
         found.append(f"mixed provenance: the trials differ in {_and(evidence.mixed)}")
+    if evidence.changed_within:
+        found.append(f"mixed provenance: {_and(evidence.changed_within)} did not end as it began")
+    if evidence.unlike_pairs:
+        found.append(
+            f"unlike pairs: on GPUs the trials of {_and(evidence.unlike_pairs)} differ in more than the variants do"
+        )
     if alphas.note:
         found.append(alphas.note)
     p_value = stats.sign_flip_p(list(evidence.differences.values()))

@@ -22,6 +22,8 @@ from workbench.problems import Place, Problems, as_key
 LARGEST_FILE = 100_000  # characters
 DEEPEST = 20  # nested mappings and lists
 MOST_NODES = 20_000  # after aliases are expanded
+MOST_ENTRIES = 1_000  # of one mapping or list
+LONGEST_KEY = 200  # characters
 
 Path_ = tuple[str | int, ...]
 
@@ -156,7 +158,7 @@ class _Reader:
         try:
             value = self._value(root, ())
         except _Stop:
-            value = _REFUSED
+            return Document(source=document.source, value=None)
         value = None if value is _REFUSED else value
         return Document(source=document.source, value=value, keys=document.keys, values=document.values)
 
@@ -171,6 +173,9 @@ class _Reader:
         if node.tag not in ("plain", "quoted", "collection"):
             self._problems.add(place, as_key(path), f"the tag {node.tag} is not read; write the value alone")
             return _REFUSED
+        if isinstance(node, yaml.CollectionNode) and len(node.value) > MOST_ENTRIES:
+            self._problems.add(place, as_key(path), f"has {len(node.value)} entries; allowed: {MOST_ENTRIES}")
+            raise _Stop
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -185,6 +190,8 @@ class _Reader:
             key = _key(key_node)
             if key is None:
                 self._problems.add(place, as_key(path), "a key must be text: quote it; there are no merge keys (<<)")
+            elif len(key) > LONGEST_KEY:
+                self._problems.add(place, as_key(path), f"a key of {len(key)} characters; allowed: {LONGEST_KEY}")
             elif (*path, key) in self._document.keys:
                 first = self._document.keys[(*path, key)]
                 self._problems.add(place, as_key((*path, key)), f"given twice; the first is on line {first.line}")

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,10 +105,7 @@ def _images(entries: list[Any], tally: Tally) -> dict[int, dict[str, Any]]:
     for entry in entries:
         match entry:
             case {"id": int(picture_id), "file_name": str(name)} if name:
-                path = PurePosixPath(name)
-                if path.is_absolute() or ".." in path.parts:
-                    tally.add("pictures_outside_the_folder", name)
-                elif picture_id in images:
+                if picture_id in images:
                     tally.add("repeated_picture_ids", f"{picture_id} ({name})")
                 else:
                     images[picture_id] = entry

@@ -12,6 +12,7 @@ import numpy as np
 
 from core.data.cached import written_once
 from core.data.fingerprint import SplitFiles, split_fingerprint
+from core.paths import is_file
 
 MOST_THREADS = 8
 
@@ -54,7 +55,7 @@ def picture_sizes(files: SplitFiles, names: Sequence[str], *, cache: Path | None
 
 
 def _decoded_sizes(folder: Path, names: Sequence[str]) -> Sizes:
-    present = [name for name in names if (folder / name).is_file()]
+    present = [name for name in names if is_file(folder / name)]
     with ThreadPoolExecutor(num_threads()) as pool:
         return dict(zip(present, pool.map(lambda name: _size(folder / name), present), strict=True))
 

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from core.config import CocoFolder, Data
+from core.paths import is_dir, is_file
 
 SHAPES_VERSION = 2
 """Of what `core.data.shapes` draws: bump it when a picture or a box changes. Here, as this file loads without torch."""
@@ -17,6 +18,7 @@ SHAPES_VERSION = 2
 SplitName = Literal["train", "val"]
 LAYOUT = "annotations/instances_{train,val}.json with pictures in train/ and val/, or train2017 and val2017 for both"
 _REMEDY = "export it again in COCO format or name another folder with --data"
+MOST_FOLDERS = 100_000  # below one split; links can multiply them without end
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
 
@@ -106,7 +108,7 @@ def _missing_pictures(folder: Path, split: SplitName, annotations: Path, raw: di
         yield str(problem)
         return
     names = [entry["file_name"] for entry in raw["images"] if isinstance(entry, dict) and "file_name" in entry]
-    if not any((pictures / str(name)).is_file() for name in names):
+    if not any(is_file(pictures / str(name)) for name in names):
         found = f"holds none of the {len(names)} pictures that {annotations} names"
         yield f"{pictures}: {found}; put them there or name another folder with --data"
 
@@ -125,8 +127,8 @@ def data_root(config: CocoFolder, root: Path | None) -> Path:
     if root is None and not config.root:
         raise DataProblem(f"this study needs a folder of pictures in COCO format ({LAYOUT}): name it with --data DIR")
     folder = Path(config.root) if root is None else root
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
+    if not is_dir(folder):
+        found = "a file" if is_file(folder) else "nothing"
         raise DataProblem(f"{folder}: a folder of pictures was looked for, {found} is there; name it with --data DIR")
     return folder
 
@@ -167,7 +169,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_bytes())
     except OSError as error:
         raise DataProblem(f"{path}: cannot be read ({error.strerror}); check the folder given by --data") from error
-    except ValueError as error:  # of JSON and of its encoding
+    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, and of lists in lists without end
         raise DataProblem(f"{path}: is not JSON ({error}); {_REMEDY}") from error
     if not isinstance(raw, dict):
         raise DataProblem(
@@ -182,7 +184,24 @@ def read_annotations(path: Path) -> dict[str, Any]:
         raise DataProblem(
             f"{path}: the list 'categories' names no class; each entry needs an integer id and a name; {_REMEDY}"
         )
+    if names := [name for name in map(_file_name, raw["images"]) if name is not None and leaves_folder(name)]:
+        told = ", ".join(repr(name[:100]) for name in names[:3])
+        raise DataProblem(
+            f"{path}: {len(names)} file names lead out of the folder of pictures, such as {told}; allowed: names "
+            f"inside it, without .. and not absolute; {_REMEDY}"
+        )
     return raw
+
+
+def _file_name(entry: Any) -> str | None:
+    name = entry.get("file_name") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def leaves_folder(name: str) -> bool:
+    """Tell whether the name of a picture leads out of the folder that it is looked for in."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def category_names(raw: dict[str, Any]) -> dict[int, str]:
@@ -220,11 +239,24 @@ def _file_digest(path: Path, num_bytes: int, mtime_ns: int) -> str:  # noqa: ARG
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _pictures(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield name and size of every picture below a folder; a stray note or thumbnail database changes no identity."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _pictures(Path(entry.path), f"{prefix}{entry.name}/")
-            elif Path(entry.name).suffix.lower() in PICTURE_SUFFIXES:
-                yield f"{prefix}{entry.name}", entry.stat().st_size
+def _pictures(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield name and size of every picture below a folder; a stray note or thumbnail database changes no identity.
+
+    Raises:
+        DataProblem: when a folder cannot be read, or links make more folders than anybody has pictures for.
+    """
+    waiting = [""]
+    for _ in range(MOST_FOLDERS):
+        if not waiting:
+            return
+        prefix = waiting.pop()
+        try:
+            with os.scandir(folder / prefix) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        waiting.append(f"{prefix}{entry.name}/")
+                    elif Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.is_file():
+                        yield f"{prefix}{entry.name}", entry.stat().st_size
+        except OSError as error:  # also of links that lead round in circles
+            raise DataProblem(f"{folder / prefix}: cannot be looked through ({error.strerror})") from error
+    raise DataProblem(f"{folder}: holds more than {MOST_FOLDERS} folders: remove links that multiply them")

@@ -10,9 +10,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from core.checkpoint import CheckpointProblem, read_safely
 from core.model.folding import is_pointwise
 from core.model.initialise import reset_parameters
 from core.model.linear import PointwiseConv
+from core.paths import is_file
 from core.types import may_be_padded
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,12 +103,19 @@ def load_torchvision(body: nn.Module, weights: str, *, architecture: str, new: t
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without running any code in the file."""
-    if not path.is_file():
+    """Read a state dict without running any code in the file.
+
+    Raises:
+        WeightsProblem: if there is no such file, or it cannot be read safely.
+    """
+    if not is_file(path):
         raise WeightsProblem(
             f"{path}: no such weights file; set model.backbone.weights to an existing state dict, or to null"
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = read_safely(path)
+    except CheckpointProblem as problem:
+        raise WeightsProblem(str(problem)) from problem
     return state.get("model", state)
 
 
@@ -116,7 +125,7 @@ def _torchvision_weights(architecture: str) -> dict[str, Tensor]:
     if cached.is_file():
         return read_state_dict(cached)
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except OSError as error:
         raise WeightsProblem(
             f"{cached}: not found, and downloading {weights.url} failed ({error}). "

@@ -8,7 +8,7 @@ import pytest
 from coco_folder import CATEGORIES, CONFIG, HEIGHT, WIDTH, Folder, open_folder, small_folder
 
 from core.config import CocoFolder, ExperimentConfig, ShorterSide, TrainingConfig
-from core.data import coco
+from core.data import coco, fingerprint
 from core.data.batching import scoring_batches, training_batch
 from core.data.splits import DataProblem, left_out, open_data
 
@@ -184,12 +184,60 @@ def test_malformed_entries_are_left_out(folder):
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg"])
 def test_no_picture_is_read_outside_the_folder(folder, name):
-    """A file name that leaves the folder is refused, even where a picture is there."""
+    """An annotation file with a name that leaves the folder is refused, even where a picture is there."""
     cv2.imwrite(str(folder.root.parent / "secret.jpg"), np.zeros((HEIGHT, WIDTH, 3), np.uint8))
     folder.raw["val"]["images"].append({"id": 50, "file_name": name})
-    data = open_folder(folder)
-    assert 50 not in data.scored.picture_ids
-    assert data.report["val.pictures_outside_the_folder.examples"] == [name]
+    with pytest.raises(DataProblem, match=r"1 file names lead out of the folder of pictures, such as '.*secret"):
+        open_folder(folder)
+    (problem,) = fingerprint.check_folder(CONFIG, folder.root)
+    assert "lead out of the folder" in problem
+
+
+def test_links_that_lead_round_in_circles_end(folder):
+    """A folder in which links lead back to it is named, and not walked through for ever."""
+    root = folder.write()
+    for name in ("a", "b"):
+        (root / "val" / name).symlink_to(root / "val")
+    with pytest.raises(DataProblem, match=r"cannot be looked through \(Too many levels of symbolic links\)"):
+        fingerprint.fingerprint(CONFIG, root=root)
+
+
+def test_links_that_multiply_folders_end(folder, monkeypatch):
+    """Twenty folders with two links each to the next one make a million paths: told, not walked through."""
+    monkeypatch.setattr(fingerprint, "MOST_FOLDERS", 500)
+    root = folder.write()
+    for number in range(20):
+        (root / f"{number}").mkdir()
+        for name in ("a", "b"):
+            (root / f"{number}" / name).symlink_to(root / f"{number + 1}")
+    (root / "val" / "first").symlink_to(root / "0")
+    (root / "20").mkdir()
+    with pytest.raises(DataProblem, match="holds more than 500 folders: remove links that multiply them"):
+        fingerprint.fingerprint(CONFIG, root=root)
+
+
+def test_link_to_nothing_is_a_missing_picture(folder):
+    """A picture's name that is a link to a file that has gone is counted as missing."""
+    root = folder.write()
+    (root / "val" / "picture_2.jpg").unlink()
+    (root / "val" / "picture_2.jpg").symlink_to(root / "gone.jpg")
+    assert fingerprint.fingerprint(CONFIG, root=root)
+    assert fingerprint.check_folder(CONFIG, root) == []  # another picture of the split is there
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800.jpg"])
+def test_name_that_no_file_can_have_is_a_missing_picture(folder, name):
+    """An entry whose name is too long for a file, or no text, stops nothing."""
+    folder.raw["val"]["images"].append({"id": 50, "file_name": name})
+    assert open_folder(folder).report["val.missing_pictures"] == 1
+
+
+def test_annotations_nested_without_end_are_no_json(folder):
+    """Brackets by the hundred thousand are told as what they are."""
+    path = folder.write() / "annotations" / "instances_val.json"
+    path.write_text("[" * 200_000)
+    (problem,) = fingerprint.check_folder(CONFIG, folder.root)
+    assert "is not JSON" in problem
 
 
 def test_pictures_in_subfolders_are_found(folder):

@@ -140,3 +140,16 @@ def _hashes(runs, *, count=2):
     paths = sorted((runs / "trials").glob("*/result.json"))
     assert len(paths) == count
     return {path.parent.name: json.loads(path.read_text())["weights_hash"] for path in paths}
+
+
+def test_a_machine_on_which_ray_cannot_start_is_told_what_to_do(toy_study, tmp_path, monkeypatch):
+    """A temporary folder whose name is too long for Ray's sockets ends in one line, without a traceback."""
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    process = start(toy_study, tmp_path / "runs", "ray")
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 2
+    assert "Ray cannot be started here" in said
+    assert "run --executor inline goes without Ray" in said
+    assert "Traceback" not in said

@@ -191,3 +191,49 @@ def test_colours_are_told_apart_and_fixed_by_place():
 def test_durations_read_as_people_say_them(seconds, said):
     """Seconds matter below an hour only."""
     assert report.duration(seconds) == said
+
+
+def test_times_of_packed_trials_are_no_times_of_a_variant(fake_results):
+    """Where trials shared a GPU the report says that times compare nothing; other trials get no such line."""
+    results = fake_results({"detached": [0.3] * 5, "kept": [0.31] * 5})
+    assert "shared a GPU" not in report.render(results, format="text")
+    for share in (1.0, None):
+        results.records["kept-0"].result["provenance"]["gpu_share"] = share
+        assert "shared a GPU" not in report.render(results, format="text")
+    for trial in ("kept-0", "kept-1"):
+        results.records[trial].result["provenance"]["gpu_share"] = 0.5
+    assert "Times: 2 trials shared a GPU with others, so no time here" in report.render(results, format="text")
+
+
+def test_report_names_the_changes_and_both_codes_of_a_trial(fake_results):
+    """Local changes are named by the file that keeps them, and a trial of two codes by both."""
+    results = fake_results({"detached": [0.3] * 5, "kept": [0.31] * 5})
+    provenance = results.records["kept-0"].result["provenance"]
+    provenance |= {"git_revision": "f" * 40, "git_dirty": True, "diff": "ab12.diff"}
+    provenance["mixed"] = {"code_hash": ["0ld", "c0de"]}
+    text = " ".join(report.render(results, format="text").split())
+    assert "revision ffffffffffff with local changes (code/ab12.diff), core code 0ld then c0de" in text
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> [x](javascript:alert(3)) & \"'"
+
+
+def test_nothing_in_a_record_is_markup(fake_results):
+    """Names, texts and errors of a stranger's study stand in the pages as text: no tag of theirs is left a tag."""
+    results = fake_results({"detached": [0.3, 0.31, 0.32, 0.33, 0.34], HOSTILE: [0.31, 0.33, 0.34, 0.36, 0.34]})
+    study = replace(results.plan.study, name=HOSTILE, question=HOSTILE, profile=HOSTILE)
+    claims = tuple(replace(claim, id=HOSTILE, text=HOSTILE) for claim in study.claims)
+    results = replace(results, plan=replace(results.plan, study=replace(study, claims=claims)))
+    results.records["detached-0"].result["provenance"] |= {
+        "gpu": HOSTILE,
+        "git_revision": HOSTILE,
+        "code_hash": HOSTILE,
+    }
+    results = replace(results, verdicts=judge(results))
+    page, plain = report.render(results, format="html"), report.render(results, format="md")
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script" not in plain
+    assert "<img" not in plain
+    assert "](javascript" not in plain

@@ -282,6 +282,28 @@ class TestCaveats:
         (verdict,) = judge(results)
         assert verdict.notes == notes
 
+    def test_a_trial_that_went_on_with_other_code_is_marked(self, fake_results):
+        """A mix inside one trial shows, though its result has one hash as all others."""
+        results = fake_results({"detached": list(BASE), "kept": shifted(0.05)})
+        results.records["kept-3"].result["provenance"]["mixed"] = {"code_hash": ["0ld", "c0de"]}
+        (verdict,) = judge(results)
+        assert verdict.notes == ("mixed provenance: kept seed 3 (code_hash) did not end as it began",)
+
+    def test_unlike_pairs_on_gpus_are_marked(self, fake_results):
+        """On GPUs the trials of a seed share type, number of processes and precision; where not, the seed is named."""
+        results = fake_results({"detached": list(BASE), "kept": shifted(0.05)})
+        for record in results.records.values():
+            if record.result:
+                record.result["provenance"] |= {"device": "cuda", "gpu": "A100", "world_size": 1, "precision": "bf16"}
+        assert judge(results)[0].notes == ()
+        results.records["kept-1"].result["provenance"]["gpu"] = "H100"
+        results.records["detached-4"].result["provenance"]["world_size"] = 2
+        assert judge(results)[0].notes == (
+            "mixed provenance: the trials differ in gpu and world_size",
+            "unlike pairs: on GPUs the trials of seed 1 (gpu) and seed 4 (world_size) differ in more than the variants "
+            "do",
+        )
+
     def test_post_hoc_claims_are_marked(self, judged):
         """A claim registered after its trials finished carries the mark."""
         assert judged(shifted(0.05), post_hoc=("kept_better",)).post_hoc

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray._private import ray_constants
 
 from workbench.errors import WorkbenchError
 from workbench.execution import Job
@@ -63,18 +64,38 @@ def run_on_ray(job: Job) -> None:
 
 
 def _start(job: Job) -> None:
+    listen_to_others(allowed=job.address is not None)
     if job.address is not None:
         ray.init(address=job.address, logging_level=logging.ERROR, log_to_driver=False)
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, bound to loopback
-    ray.init(
-        address="local",
-        num_cpus=job.resources.cores,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        object_store_memory=100 * 1024**2,
-    )
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, which only this machine can reach
+    try:
+        ray.init(
+            address="local",
+            num_cpus=job.resources.cores,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=100 * 1024**2,
+        )
+    except (OSError, RuntimeError, ValueError) as error:  # no room, no loopback, names of sockets too long, ...
+        raise WorkbenchError(
+            f"Ray cannot be started here ({str(error).strip().splitlines()[0]}): `python -m workbench doctor` says "
+            "what this machine lacks, and run --executor inline goes without Ray"
+        ) from error
+
+
+def listen_to_others(*, allowed: bool) -> None:
+    """Let what Ray starts from here on be reached from other machines, or bind it all to loopback.
+
+    On Linux Ray listens to every network, also for one machine, where no token guards it. Its switch for systems
+    without clusters makes it use loopback; this process has read it already, those that it starts will.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = allowed
+    if allowed:
+        os.environ.pop(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, None)
+    else:
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
 
 
 def _check_resources(job: Job) -> None:

@@ -1,0 +1,55 @@
+"""Whom a study file makes this machine talk to: nobody, or the MLflow server that it names.
+
+A study file may be a stranger's. So the server is told before anything is sent, it can only be a server, and what
+proves who the user is goes there only when the user has named the same address.
+"""
+
+import os
+from urllib.parse import urlsplit
+
+from workbench.errors import WorkbenchError
+from workbench.study import Study
+
+_VARIABLE = "MLFLOW_TRACKING_URI"
+_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+_NEED = "a file may name an MLflow server alone, as http://HOST:PORT"
+
+
+def server(address: str) -> str:
+    """Return the address of a server that a study file or profile may name.
+
+    Raises:
+        ValueError: it is none, or holds what does not belong into a file; the address is not repeated in the message.
+    """
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(f"is no address; {_NEED}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(f"found one of kind {parts.scheme[:20]!r}; {_NEED}; others are for --tracking-uri")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(f"holds a user, a password or a query; {_NEED}, and set {_CREDENTIALS[0]} and so on")
+    return address
+
+
+def named_by_file(study: Study) -> str | None:
+    """Return the server that the study's file or profile names; None where there is none or the user named it."""
+    uri = study.tracking_uri
+    if uri is None or "--tracking-uri" in study.selection or {"@", "?"} & set(uri) or uri == os.environ.get(_VARIABLE):
+        return None  # an address with a user or a query is left out of the selection's words, and never from a file
+    return uri
+
+
+def refuse_credentials(study: Study) -> None:
+    """Refuse to prove who the user is to a server that only the study's file names.
+
+    Raises:
+        WorkbenchError: the file names a server, and MLflow's credentials are set.
+    """
+    uri = named_by_file(study)
+    if uri is not None and (found := [name for name in _CREDENTIALS if os.environ.get(name)]):
+        raise WorkbenchError(
+            f"{study.path}: its tracking_uri {uri} would be sent {' and '.join(found)}: where you trust it with them, "
+            f"say so with --tracking-uri {uri}; else unset them"
+        )
