@@ -26,6 +26,8 @@ def classify(error: BaseException) -> FailureClass:
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"MemoryError", "OutOfMemoryError"}:  # torch's has no other base worth importing torch for
         return "out_of_memory"
+    if "WorkerLost" in names:
+        return "worker_lost"
     if isinstance(error, SystemExit):
         return "exited"
     if isinstance(error, ImportError):

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal, TextIO
 
 from core.model import kernel
 from workbench import commands, report
 from workbench.attempts import read as read_attempts
 from workbench.errors import StoreError, WorkbenchError
-from workbench.execution import Job, StopRequest, resources_for, run_inline
+from workbench.execution import Job, Resources, StopRequest, resources_for, run_inline
 from workbench.mlflow_mirror import Mirror
 from workbench.processes import Process
 from workbench.progress import Progress
@@ -95,9 +96,30 @@ class _Run:
         self.say = _line_to(err)
         self.began = time.monotonic()
         self.tried: set[str] = set()
-        self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / "stop", announce=self._announce_stop)
         self.progress: Progress | None = None
+
+    @cached_property
+    def resources(self) -> Resources:
+        """What there is for the trials, here or on the cluster, which is joined and checked for it.
+
+        Raises:
+            WorkbenchError: a trial does not fit, or a node of the cluster cannot run any.
+        """
+        specs, execution = tuple(self.plan.specs.values()), self.plan.study.execution
+        if self.options.address is None or self.options.executor == "inline":
+            return resources_for(specs, execution)
+        from workbench.ray_executor import resources_of_cluster  # Ray takes seconds
+
+        self.say(f"Joining {self.options.address} and checking its nodes")
+        return resources_of_cluster(
+            self.options.address,
+            specs=specs,
+            execution=execution,
+            runs=self.store.root,
+            log=self.ref.path / "ray_check.log",
+            tell=self.say,
+        )
 
     def looks(self) -> int:
         """Complete look after look; return the exit code."""

@@ -11,7 +11,7 @@ import resource
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -112,6 +112,7 @@ def execute(
     driver: Process | None = None,
     trainer: Trainer | None = None,
     allow_code: bool = False,
+    placement: Mapping[str, Any] | None = None,
 ) -> attempts.Outcome | Literal["busy"]:
     """Bring a trial as far as it goes and return how this attempt ended; whatever the trial raises becomes its record.
 
@@ -123,6 +124,7 @@ def execute(
         driver: the process that asked for the trial; when it dies, the trial stops as well.
         trainer: the detector's code; `core` by default.
         allow_code: whether the user allows the code of custom parts to run.
+        placement: how many processes and which share of a GPU it has, for the provenance of its result.
 
     Returns:
         `busy` when another process works on the trial or has taken it over.
@@ -145,7 +147,14 @@ def execute(
         attempt = attempts.begin(folder, driver=driver)
     except BusyError:
         return "busy"
-    work = _Work(spec=spec, store=store, attempt=attempt, should_stop=should_stop, device=device)
+    work = _Work(
+        spec=spec,
+        store=store,
+        attempt=attempt,
+        should_stop=should_stop,
+        device=device,
+        placement=dict(placement or {}),
+    )
     return work.run(trainer or CoreTrainer(device))
 
 
@@ -158,6 +167,7 @@ class _Work:
     attempt: attempts.Attempt
     should_stop: Callable[[], bool]
     device: str
+    placement: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         self.folder = self.store.trial_dir(self.spec.trial_id)
@@ -266,7 +276,7 @@ class _Work:
                 "num_parameters": trained.num_parameters,
                 "checkpoint": trained.checkpoint and trained.checkpoint.name,
                 "data_report": dict(data_report),
-                "provenance": self._provenance | {"kernel": provenance.kernel()},
+                "provenance": self._provenance | self.placement | {"kernel": provenance.kernel()},
                 "finished_at": durable.now(),
             },
         )

@@ -6,13 +6,10 @@ runs in a fork of the slot's template (`workbench.template`), so no number depen
 trial has an actor of its own: on a GPU forking was never tried.
 """
 
-import logging
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +18,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from workbench.errors import WorkbenchError
 from workbench.execution import Job
+from workbench.ray_executor import several
+from workbench.ray_executor.cluster import join
+from workbench.ray_executor.output import output_to
 from workbench.store import Store
 from workbench.study import TrialSpec
 from workbench.template import AVAILABLE, Template
@@ -45,53 +44,31 @@ def run_on_ray(job: Job) -> None:
     """Run the trials as processes, as many at once as the cores allow; returns when all have ended or a stop was asked.
 
     Raises:
-        WorkbenchError: the cluster can never satisfy what a trial asks for (Ray itself would wait for ever).
+        WorkbenchError: the cluster cannot be joined.
     """
     folder = job.folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-    with _output_to(folder / "ray.log"):
-        _start(job)
+    with output_to(folder / "ray.log"):
+        join(job.address, cores=job.resources.cores)
         try:
             job.stop.install()  # Ray has taken SIGTERM, and would abort
-            _check_resources(job)
             _fit(job, folder)
         finally:
             ray.shutdown()
 
 
-def _start(job: Job) -> None:
-    if job.address is not None:
-        ray.init(address=job.address, logging_level=logging.ERROR, log_to_driver=False)
-        return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, bound to loopback
-    ray.init(
-        address="local",
-        num_cpus=job.resources.cores,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        object_store_memory=100 * 1024**2,
-    )
-
-
-def _check_resources(job: Job) -> None:
-    wanted, available = _per_trial(job), ray.cluster_resources()
-    for name, ray_name in (("cpu", "CPU"), ("gpu", "GPU")):
-        if wanted[name] > available.get(ray_name, 0):
-            raise WorkbenchError(
-                f"a trial asks for {wanted[name]} {ray_name}, and Ray offers {available.get(ray_name, 0):g}: "
-                "lower training.threads, or name a cluster with --address"
-            )
-
-
 def _per_trial(job: Job) -> dict[str, float]:
-    return {"cpu": job.resources.threads, "gpu": 1 if job.resources.device == "cuda" else 0}
+    demand = job.resources.demand
+    if demand.nodes > 1:
+        return dict(several.SUPERVISOR)
+    return {"cpu": demand.cores_a_node, "gpu": demand.gpus * demand.processes}
 
 
 def _fit(job: Job, folder: Path) -> None:
-    forks = AVAILABLE and job.resources.device == "cpu"
+    demand = job.resources.demand
+    forks = AVAILABLE and demand.device == "cpu" and demand.nodes == 1
     task = _Task(
         specs={spec.trial_id: spec for spec in job.specs},
         logs=folder if forks else None,
@@ -102,7 +79,8 @@ def _fit(job: Job, folder: Path) -> None:
             device=job.resources.device,
             driver=job.driver,
             allow_code=job.allow_code,
-            trainer=job.trainer,
+            trainer=several.trainer_for(demand, job),
+            placement=demand.to_json(),
         ),
     )
     trainable = tune.with_parameters(_Slot, task=task)
@@ -110,7 +88,7 @@ def _fit(job: Job, folder: Path) -> None:
         tune.with_resources(trainable, _per_trial(job)),
         param_space={"trial_id": tune.grid_search([spec.trial_id for spec in job.specs])},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=None if job.address else job.resources.concurrency,
+            max_concurrent_trials=job.resources.concurrency,
             reuse_actors=forks,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -185,22 +163,3 @@ class _StopWhenAsked(tune.Stopper):
         store = Store(self._runs)
         working = any(store.state(trial_id) == "running" for trial_id in self._trial_ids)
         return not working or time.monotonic() > self._deadline
-
-
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Send what this process prints, Ray's native code included, to a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = {number: os.dup(number) for number in (1, 2)}
-    with log.open("ab") as file:
-        for number in saved:
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in saved.items():
-            os.dup2(copy, number)
-            os.close(copy)
