@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.study_file import Selection
 
 INTERRUPTED = 130
+_DATA_HELP = "a folder of pictures in COCO format, or its address in an object store (s3://...), which is copied first"
 BROKEN_PIPE = 141  # what a shell reports when the reader of a pipe has gone
 
 
@@ -87,7 +88,7 @@ def _evaluate_options(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help=text, description=text, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", required=True)
     parser.add_argument("--recipe", metavar="NAME", help="of an official file whose tensors fit several")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of pictures in COCO format")
+    parser.add_argument("--data", type=_folder_or_uri, metavar="DIR", help=_DATA_HELP)
     parser.add_argument("--split", choices=("val", "tune"), default="val", help="the scored pictures; default: val")
     parser.add_argument("--num-pictures", type=int, metavar="N", help="only the first N")
     parser.add_argument("--parameters", choices=("raw", "averaged"), help="which weights; default: as configured")
@@ -115,7 +116,7 @@ def _selection_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("selection")
     group.add_argument("--profile", metavar="P", help="the scale; default: laptop, or pictures with --data")
-    group.add_argument("--data", type=Path, metavar="DIR", help="a folder of pictures in COCO format")
+    group.add_argument("--data", type=_folder_or_uri, metavar="DIR", help=_DATA_HELP)
     group.add_argument(
         "--variants", type=_names, metavar="A,B|all", help="which variants; the baseline is always among them"
     )
@@ -124,6 +125,19 @@ def _selection_options() -> argparse.ArgumentParser:
     group.add_argument("--budget", metavar="10m", help="start no further look after this time")
     group.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
     return parser
+
+
+def _folder_or_uri(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
+
+
+def _local(data: Path | str | None) -> Path | None:
+    """Return the folder on this machine; pictures of an object store are copied first."""
+    if data is None or isinstance(data, Path):
+        return data
+    from workbench.object_store import local_copy
+
+    return local_copy(data, tell=lambda line: _write(sys.stderr, f"{line}\n"))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -153,7 +167,7 @@ def _selected(options: argparse.Namespace) -> "Selection":
 
     return Selection(
         profile=options.profile,
-        data=options.data,
+        data=_local(options.data),
         variants=options.variants,
         seeds=options.seeds,
         sets=tuple(options.set),
@@ -274,6 +288,7 @@ def _report(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from workbench.evaluate_command import as_text, evaluate
 
+    options.data = _local(options.data)
     described = evaluate(options, tell=lambda line: _write(sys.stderr, f"{line}\n"))
     _write_result(options, described, as_text(described))
     return 0

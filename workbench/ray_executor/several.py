@@ -21,6 +21,7 @@ from core.events import Event
 from workbench.execution import Job
 from workbench.placement import Demand
 from workbench.ranks import COLLECTIVE_SECONDS, Order, WorkerLost, portable, trainer_on_one_machine
+from workbench.ray_executor.orphans import end_with_raylet
 from workbench.trial import CoreTrainer, Trainer
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def _worker(told: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    end_with_raylet()
     order, post = told["order"], told["post"]
     context = get_context()
     rank, device = context.get_world_rank(), get_device()

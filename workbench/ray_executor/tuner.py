@@ -21,6 +21,7 @@ from ray import tune
 from workbench.execution import Job
 from workbench.ray_executor import several
 from workbench.ray_executor.cluster import join
+from workbench.ray_executor.orphans import end_with_raylet
 from workbench.ray_executor.output import output_to
 from workbench.store import Store
 from workbench.study import TrialSpec
@@ -121,6 +122,7 @@ class _Slot(tune.Trainable):
 
     def setup(self, config: dict[str, Any], *, task: _Task | None = None) -> None:
         assert task is not None  # always given; Tune's own signature has only the config
+        end_with_raylet()
         self._trial_id, self._task = config["trial_id"], task
         self._template = Template(log=task.logs / f"slot-{os.getpid()}.log") if task.logs else None
 
