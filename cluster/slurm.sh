@@ -28,6 +28,20 @@ STATE=${WORKBENCH_STATE:-$HOME/.workbench}/job-$SLURM_JOB_ID
 RESTARTS=${WORKBENCH_RESTARTS:-100}
 NODES=${SLURM_JOB_NUM_NODES:-1}
 
+driver=
+asked_to_stop=
+stop() { # Slurm sends TERM three minutes before the wall time, and when the job is preempted
+    asked_to_stop=1
+    if [ -n "$driver" ]; then kill -TERM "$driver" 2>/dev/null || true; fi
+}
+leave() {
+    # shellcheck disable=SC2046 - one number a line
+    kill $(jobs -p) 2>/dev/null || true
+    rm -rf "$STATE" "$RAY_TMPDIR"
+}
+trap stop TERM
+trap leave EXIT
+
 # Sessions of Ray: of this user and job alone, and short, since the names of Unix sockets have a limit of 107 bytes.
 export RAY_TMPDIR=/tmp/ray-$UID-$SLURM_JOB_ID
 export RAY_USAGE_STATS_ENABLED=0
@@ -58,20 +72,6 @@ start_ray() { # NODES, then how srun names them, then what `ray start` is told
         "$PYTHON" -m ray.scripts.scripts start "$@" --block --include-dashboard=false \
         --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" >>"$STATE/ray.log" 2>&1 &
 }
-
-driver=
-asked_to_stop=
-stop() { # Slurm sends TERM three minutes before the wall time, and when the job is preempted
-    asked_to_stop=1
-    if [ -n "$driver" ]; then kill -TERM "$driver" 2>/dev/null || true; fi
-}
-leave() {
-    # shellcheck disable=SC2046 - one number a line
-    kill $(jobs -p) 2>/dev/null || true
-    rm -rf "$STATE" "$RAY_TMPDIR"
-}
-trap stop TERM
-trap leave EXIT
 
 start_ray 1 "--nodelist=$head_node" --head --node-ip-address="$head_ip" --port="$port"
 "$PYTHON" -m workbench.ray_executor.wait "$address" 1

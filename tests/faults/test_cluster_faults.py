@@ -39,8 +39,9 @@ def stage() -> Iterator[None]:
         _stage.append(Path(folder))
         yield
         for process in _drives:
-            process.kill()
-            process.communicate()
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
         _drives.clear()
         for found in _stage[1:]:
             found.close()
