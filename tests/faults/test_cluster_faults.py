@@ -166,12 +166,12 @@ def _verify_refused(seen: Seen) -> None:
 @cache
 def node_killed() -> dict[bool, Seen]:
     """Play two studies on three nodes, one of which dies under a trial of each."""
-    victim = nodes().add(cores=4)
-    # Only the victim has two cores: one trial without retries is there, and two of the four with them.
+    victim = nodes().add(cores=6)
+    # Only the victim has two cores: both trials without retries are there, and two of the four with them.
     without = Drive("node_off", off=("node checks", "retries"), threads=2, seeds=1)
     wait_for(lambda: list(without.place.glob("runs/studies/*/*/*/ray/*-*/")))  # Tune has begun: it gets its place first
     with_retries = Drive("node_on", off=("node checks",))
-    wait_for(lambda: len(with_retries.at_gate()) == 4 and without.at_gate())
+    wait_for(lambda: (len(with_retries.at_gate()), len(without.at_gate())) == (4, 2))
     nodes().kill(victim)
     wait_for(lambda: len(with_retries.at_gate()) == 2 and not without.at_gate())
     for drive in (without, with_retries):
