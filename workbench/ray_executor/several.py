@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from core.config import EvaluationConfig, ExperimentConfig
 from core.custom import given_as_text, given_texts
@@ -99,7 +100,10 @@ class AcrossNodes:
         """Score in a worker that has what a process of the trial has; the others have left."""
         assert self._places is not None  # the pictures are opened first
         root, cache = self._places
-        score: Any = ray.remote(num_cpus=self._demand.threads, num_gpus=self._demand.gpus, max_retries=0)(_evaluate)
+        # The slot's own place has no room for it.
+        anywhere = PlacementGroupSchedulingStrategy(placement_group=None)  # pyright: ignore[reportArgumentType]
+        needs = {"num_cpus": self._demand.threads, "num_gpus": self._demand.gpus, "max_retries": 0}
+        score: Any = ray.remote(_evaluate).options(scheduling_strategy=anywhere, **needs)
         places = {"root": root, "cache": cache, "code": given_texts()}
         reply = score.remote(self._alone, config, evaluation, places, checkpoint=rest["checkpoint"])
         while not ray.wait([reply], timeout=_PULSE_SECONDS)[0]:
@@ -172,7 +176,7 @@ class _Carrier(threading.Thread):
     def __init__(self, post: Any, on_event: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
         super().__init__(name="carrier", daemon=True)
         self._post, self._on_event, self._should_stop = post, on_event, should_stop
-        self._ended, self._stop = threading.Event(), False
+        self._ended, self._stopping = threading.Event(), False
         self._raised: dict[int, BaseException] = {}  # by workers, the first one first
         self._own: BaseException | None = None  # that telling of an event raised here
         self.result: TrainResult | None = None
@@ -197,7 +201,7 @@ class _Carrier(threading.Thread):
 
     def _carry(self) -> None:
         try:
-            for kind, rank, content in ray.get(self._post.take.remote(stop=self._stop)):
+            for kind, rank, content in ray.get(self._post.take.remote(stop=self._stopping)):
                 if kind == "event":
                     self._on_event(content)
                 elif kind == "error":
@@ -205,9 +209,9 @@ class _Carrier(threading.Thread):
                 elif kind == "done":
                     self.result = content
                 elif self._should_stop():
-                    self._stop = True
+                    self._stopping = True
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread, once Train has ended
-            self._own, self._stop = self._own or error, True
+            self._own, self._stopping = self._own or error, True
 
 
 # In the workers
