@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from workbench.errors import StoreError, StudyFileError, WorkbenchError
+from workbench.object_store import folder_or_uri, local_folder
 
 if TYPE_CHECKING:
     from workbench.records import StudyResults
@@ -88,7 +89,7 @@ def _evaluate_options(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help=text, description=text, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", required=True)
     parser.add_argument("--recipe", metavar="NAME", help="of an official file whose tensors fit several")
-    parser.add_argument("--data", type=_folder_or_uri, metavar="DIR", help=_DATA_HELP)
+    parser.add_argument("--data", type=folder_or_uri, metavar="DIR", help=_DATA_HELP)
     parser.add_argument("--split", choices=("val", "tune"), default="val", help="the scored pictures; default: val")
     parser.add_argument("--num-pictures", type=int, metavar="N", help="only the first N")
     parser.add_argument("--parameters", choices=("raw", "averaged"), help="which weights; default: as configured")
@@ -116,7 +117,7 @@ def _selection_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("selection")
     group.add_argument("--profile", metavar="P", help="the scale; default: laptop, or pictures with --data")
-    group.add_argument("--data", type=_folder_or_uri, metavar="DIR", help=_DATA_HELP)
+    group.add_argument("--data", type=folder_or_uri, metavar="DIR", help=_DATA_HELP)
     group.add_argument(
         "--variants", type=_names, metavar="A,B|all", help="which variants; the baseline is always among them"
     )
@@ -125,19 +126,6 @@ def _selection_options() -> argparse.ArgumentParser:
     group.add_argument("--budget", metavar="10m", help="start no further look after this time")
     group.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
     return parser
-
-
-def _folder_or_uri(text: str) -> Path | str:
-    return text if "://" in text else Path(text)
-
-
-def _local(data: Path | str | None) -> Path | None:
-    """Return the folder on this machine; pictures of an object store are copied first."""
-    if data is None or isinstance(data, Path):
-        return data
-    from workbench.object_store import local_copy
-
-    return local_copy(data, tell=lambda line: _write(sys.stderr, f"{line}\n"))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -158,6 +146,10 @@ def _write(stream: TextIO, text: str) -> None:
     stream.write(text)
 
 
+def _tell(line: str) -> None:
+    _write(sys.stderr, f"{line}\n")
+
+
 def _write_result(options: argparse.Namespace, described: dict[str, Any], text: str) -> None:
     _write(sys.stdout, json.dumps(described, indent=2) + "\n" if options.json else text)
 
@@ -167,7 +159,7 @@ def _selected(options: argparse.Namespace) -> "Selection":
 
     return Selection(
         profile=options.profile,
-        data=_local(options.data),
+        data=local_folder(options.data, tell=_tell),
         variants=options.variants,
         seeds=options.seeds,
         sets=tuple(options.set),
@@ -288,8 +280,8 @@ def _report(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from workbench.evaluate_command import as_text, evaluate
 
-    options.data = _local(options.data)
-    described = evaluate(options, tell=lambda line: _write(sys.stderr, f"{line}\n"))
+    options.data = local_folder(options.data, tell=_tell)
+    described = evaluate(options, tell=_tell)
     _write_result(options, described, as_text(described))
     return 0
 

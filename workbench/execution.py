@@ -13,7 +13,7 @@ from workbench import provenance
 from workbench.placement import Demand, Machine, demand_of, places
 from workbench.processes import Process
 from workbench.ranks import trainer_on_one_machine
-from workbench.study import Execution, TrialSpec
+from workbench.study import Execution, Plan, TrialSpec
 from workbench.trial import Trainer, execute
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -107,6 +107,23 @@ def resources_for(specs: tuple[TrialSpec, ...], execution: Execution) -> Resourc
     machines = [Machine(name="this machine", cores=cores, gpus=len(gpus))]
     demand = demand_of(specs, execution, machines)
     return Resources(cores=cores, gpus=gpus, concurrency=places(demand, machines), demand=demand)
+
+
+def resources_anywhere(
+    address: str | None, *, plan: Plan, runs: Path, log: Path, tell: Callable[[str], None]
+) -> Resources:
+    """Return what the trials of a plan get here, or on the Ray cluster at `address`, whose nodes are checked for it.
+
+    Raises:
+        WorkbenchError: a trial does not fit, or a node could not run any.
+    """
+    specs, execution = tuple(plan.specs.values()), plan.study.execution
+    if address is None:
+        return resources_for(specs, execution)
+    from workbench.ray_executor import resources_of_cluster  # Ray takes seconds
+
+    tell(f"Joining {address} and checking its nodes")
+    return resources_of_cluster(address, specs=specs, execution=execution, runs=runs, log=log, tell=tell)
 
 
 def run_inline(job: Job) -> None:

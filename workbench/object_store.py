@@ -36,6 +36,16 @@ def cache_folder() -> Path:
     return Path(named or f"{base}/detr-ablation-workbench/data").expanduser()
 
 
+def folder_or_uri(text: str) -> Path | str:
+    """Read `--data`: a path, unless it has a scheme, as s3://bucket/coco has."""
+    return text if "://" in text else Path(text)
+
+
+def local_folder(data: Path | str | None, *, tell: Callable[[str], None]) -> Path | None:
+    """Return the folder on this machine that `--data` means; pictures of an object store are copied first."""
+    return local_copy(data, tell=tell) if isinstance(data, str) else data
+
+
 def local_copy(uri: str, *, cache: Path | None = None, tell: Callable[[str], None] = lambda _: None) -> Path:
     """Return the folder on this machine that holds the same files as `uri`; only what is missing is copied.
 

@@ -19,7 +19,7 @@ from core.model import kernel
 from workbench import commands, report
 from workbench.attempts import read as read_attempts
 from workbench.errors import StoreError, WorkbenchError
-from workbench.execution import Job, Resources, StopRequest, resources_for, run_inline
+from workbench.execution import Job, Resources, StopRequest, resources_anywhere, run_inline
 from workbench.mlflow_mirror import Mirror
 from workbench.processes import Process
 from workbench.progress import Progress
@@ -106,16 +106,9 @@ class _Run:
         Raises:
             WorkbenchError: a trial does not fit, or a node of the cluster cannot run any.
         """
-        specs, execution = tuple(self.plan.specs.values()), self.plan.study.execution
-        if self.options.address is None or self.options.executor == "inline":
-            return resources_for(specs, execution)
-        from workbench.ray_executor import resources_of_cluster  # Ray takes seconds
-
-        self.say(f"Joining {self.options.address} and checking its nodes")
-        return resources_of_cluster(
-            self.options.address,
-            specs=specs,
-            execution=execution,
+        return resources_anywhere(
+            self.options.address if self.options.executor == "ray" else None,
+            plan=self.plan,
             runs=self.store.root,
             log=self.ref.path / "ray_check.log",
             tell=self.say,
