@@ -131,6 +131,15 @@ def given_as_text(modules: Mapping[str, str], *, folder: Path) -> Iterator[None]
             sys.modules.pop(known_as, None)
 
 
+def given_texts() -> dict[str, str]:
+    """Return the modules that are given as text at this moment, for another process that is to have them, too."""
+    texts: dict[str, str] = {}
+    for name, module in _given.items():
+        assert isinstance(module.__loader__, _TextLoader)
+        texts[name] = module.__loader__.get_source(name)
+    return texts
+
+
 def _load(name: str, known_as: str, text: str, folder: Path) -> ModuleType:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.py"

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from workbench.arguments import doctor_options, evaluate_options, json_option, number, runs_option, selection_options
 from workbench.errors import StoreError, StudyFileError, WorkbenchError
+from workbench.object_store import local_folder
 
 if TYPE_CHECKING:
     from workbench.records import StudyResults
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    selection, runs = _selection_options(), _runs_option()
+    selection, runs = selection_options(), runs_option()
 
     run = _command(commands, "run", _run, "train what is missing, judge the claims, report", [selection, runs])
     run.add_argument("--until-decided", action="store_true", help="go on look by look while a claim is undecided")
@@ -58,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--address", metavar="ADDR", help="of a running Ray cluster")
     run.add_argument("--allow-code", action="store_true", help="run the code that the study's custom parts name")
     run.add_argument("--on-end", metavar="COMMAND|URL", help="told how the run ended, as JSON by stdin or POST")
-    run.add_argument("--gpu-hours", type=_number, metavar="N", help="limit of all attempts of the study here")
+    run.add_argument("--gpu-hours", type=number, metavar="N", help="limit of all attempts of the study here")
     run.add_argument("--without-gate", action="store_true", help="go on without a passed gate: docs/budget.md")
     run.add_argument("--wait", action="store_true", help="for another run of the same plan to end; else exit code 3")
 
@@ -71,23 +73,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", _plan, "trials, differences, reachable effects and time", [selection, runs])
     plan.add_argument("--explain", action="store_true", help="also each key's value and where it was set")
-    plan.add_argument("--gpus", type=_number, metavar="N", help="as on a cluster with N GPUs in all")
+    plan.add_argument("--gpus", type=number, metavar="N", help="as on a cluster with N GPUs in all")
     plan.add_argument("--probe", action="store_true", help="train a few steps here where no trial is on record")
     plan.add_argument("--allow-code", action="store_true", help="with --probe: run the code of custom parts")
-    _json_option(plan)
+    json_option(plan)
 
     _command(commands, "check", _check, "validate study files at every profile", [selection], studies="+")
 
     status = _command(commands, "status", _status, "states, metrics and verdicts", [selection, runs], studies="?")
-    _json_option(status)
+    json_option(status)
 
     report = _command(commands, "report", _report, "the verdicts with their evidence", [selection, runs])
     report.add_argument("--format", choices=("text", "md", "html", "latex", "tuned"), default="text")
     report.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
 
-    _evaluate_options(commands)
+    evaluate_options(commands).set_defaults(command=_evaluate)
 
-    _doctor_options(commands, runs)
+    doctor_options(commands, runs).set_defaults(command=_doctor)
 
     sync = commands.add_parser("sync", help="bring MLflow up to the records", parents=[runs], allow_abbrev=False)
     sync.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
@@ -104,45 +106,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate_options(commands: Any) -> None:
-    text = "score a checkpoint on a folder in COCO format: ours, official DETR or Deformable DETR"
-    parser = commands.add_parser("evaluate", help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", required=True)
-    parser.add_argument("--recipe", metavar="NAME", help="of an official file whose tensors fit several")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of pictures in COCO format")
-    parser.add_argument("--split", choices=("val", "tune"), default="val", help="the scored pictures; default: val")
-    parser.add_argument("--num-pictures", type=int, metavar="N", help="only the first N")
-    parser.add_argument("--parameters", choices=("raw", "averaged"), help="which weights; default: as configured")
-    parser.add_argument("--predictions", type=Path, metavar="OUT.json", help="write the detections, a COCO result list")
-    parser.add_argument(
-        "--losses", action="store_true", help="also the mean of every loss term, and the gradient's norm"
-    )
-    parser.add_argument("--device", default="cpu", help="a torch device; default: cpu")
-    parser.add_argument("--allow-code", action="store_true", help="run the code of parts of your own")
-    _json_option(parser)
-    parser.set_defaults(command=_evaluate)
-
-
-def _doctor_options(commands: Any, runs: argparse.ArgumentParser) -> None:
-    text = "check this machine; with --profile: does the code score what was published, and learn as it should?"
-    parser = commands.add_parser("doctor", help=text, description=text, parents=[runs], allow_abbrev=False)
-    parser.add_argument("--profile", metavar="P", help="check detector and data at this scale: docs/budget.md")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="an official file of DETR or Deformable DETR")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="COCO 2017")
-    parser.add_argument("--recipe", metavar="NAME", help="of a file whose tensors fit several")
-    parser.add_argument("--study", type=Path, metavar="STUDY", help="train its baseline, not the bare recipe")
-    parser.add_argument("--device", default="cpu", help="a torch device; default: cpu")
-    parser.add_argument(
-        "--record-band",
-        choices=("steps", "epoch"),
-        nargs="?",
-        const="epoch",
-        help="keep where the losses of several seeds lie, over 200 steps or the first epoch too (default)",
-    )
-    _json_option(parser)
-    parser.set_defaults(command=_doctor)
-
-
 def _command(
     commands: Any, name: str, command: Any, text: str, parents: list[Any], *, studies: str | None = None
 ) -> Any:
@@ -152,45 +115,12 @@ def _command(
     return parser
 
 
-def _selection_options() -> argparse.ArgumentParser:
-    """Return the options that say what of a study is meant, in every command about studies."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("selection")
-    group.add_argument("--profile", metavar="P", help="the scale; default: laptop, or pictures with --data")
-    group.add_argument("--data", type=Path, metavar="DIR", help="a folder of pictures in COCO format")
-    group.add_argument(
-        "--variants", type=_names, metavar="A,B|all", help="which variants; the baseline is always among them"
-    )
-    group.add_argument("--seeds", type=int, metavar="N", help="one look of N seeds with alpha .05")
-    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeatable")
-    group.add_argument("--budget", metavar="10m", help="start no further look after this time")
-    group.add_argument("--tracking-uri", metavar="URI", help="of another MLflow than the one in the runs folder")
-    return parser
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise ValueError
-    return number
-
-
-def _runs_option() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="the records; default: runs")
-    return parser
-
-
-def _json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON document")
-
-
 def _write(stream: TextIO, text: str) -> None:
     stream.write(text)
+
+
+def _tell(line: str) -> None:
+    _write(sys.stderr, f"{line}\n")
 
 
 def _write_result(options: argparse.Namespace, described: dict[str, Any], text: str) -> None:
@@ -202,7 +132,7 @@ def _selected(options: argparse.Namespace) -> "Selection":
 
     return Selection(
         profile=options.profile,
-        data=options.data,
+        data=local_folder(options.data, tell=_tell),
         variants=options.variants,
         seeds=options.seeds,
         sets=tuple(options.set),
@@ -343,7 +273,8 @@ def _report(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from workbench.evaluate_command import as_text, evaluate
 
-    described = evaluate(options, tell=lambda line: _write(sys.stderr, f"{line}\n"))
+    options.data = local_folder(options.data, tell=_tell)
+    described = evaluate(options, tell=_tell)
     _write_result(options, described, as_text(described))
     return 0
 

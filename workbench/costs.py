@@ -86,7 +86,7 @@ def machine_for(plan: Plan, *, gpus: float | None = None) -> Machine:
             raise WorkbenchError(f"--gpus {gpus:g}: a trial takes {each:g} (execution.gpus x execution.nodes)")
         return Machine(device="cuda", at_once=int(gpus / each + 1e-9), gpus=each)
     try:
-        return machine_of(plan, resources_for(tuple(plan.specs.values())))
+        return machine_of(plan, resources_for(tuple(plan.specs.values()), execution))
     except WorkbenchError as error:
         return Machine(device="cpu", at_once=1, note=str(error))
 

@@ -11,12 +11,13 @@ from types import FrameType
 from typing import Literal
 
 from workbench import provenance
-from workbench.errors import WorkbenchError
+from workbench.placement import Demand, Machine, demand_of, places
 from workbench.processes import Process
+from workbench.ranks import trainer_on_one_machine
 from workbench.retrying import canary_says, try_again
 from workbench.searching import Searching
 from workbench.store import Store
-from workbench.study import Execution, TrialSpec
+from workbench.study import Execution, Plan, TrialSpec
 from workbench.trainers import Trainer
 from workbench.trial import execute
 
@@ -134,35 +135,51 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What this machine has for a study, and what each trial takes of it."""
+    """What there is for a study, here or on a cluster, and what each trial takes of it."""
 
     cores: int
     gpus: tuple[str, ...]
-    threads: int  # a trial
-    device: str  # of every trial
+    concurrency: int  # how many trials run at once, so that threads never outnumber the cores
+    demand: Demand  # of a trial
 
     @property
-    def concurrency(self) -> int:
-        """How many trials run at once, so that threads never outnumber the cores."""
-        by_cores = self.cores // self.threads
-        return min(by_cores, len(self.gpus)) if self.device == "cuda" else by_cores
+    def threads(self) -> int:
+        """Threads of each process of a trial."""
+        return self.demand.threads
+
+    @property
+    def device(self) -> str:
+        """The device of every trial: cpu or cuda."""
+        return self.demand.device
 
 
-def resources_for(specs: tuple[TrialSpec, ...]) -> Resources:
-    """Return what trials on this machine get. Drawn pictures stay on the CPU, where numbers repeat bit for bit.
+def resources_for(specs: tuple[TrialSpec, ...], execution: Execution) -> Resources:
+    """Return what trials on this machine get.
 
     Raises:
-        WorkbenchError: a trial asks for more threads than there are cores.
+        WorkbenchError: a trial asks for what this machine does not have.
     """
     cores, gpus = provenance.available_cores(), provenance.visible_gpus()
-    threads = max((spec.config.training.threads for spec in specs), default=1)
-    if threads > cores:
-        raise WorkbenchError(
-            f"training.threads is {threads}, and this machine gives {cores} cores to the run: "
-            f"set training.threads to {cores} or less"
-        )
-    on_gpu = bool(gpus) and any(spec.config.data.kind == "coco" for spec in specs)
-    return Resources(cores=cores, gpus=gpus, threads=threads, device="cuda" if on_gpu else "cpu")
+    machines = [Machine(name="this machine", cores=cores, gpus=len(gpus))]
+    demand = demand_of(specs, execution, machines)
+    return Resources(cores=cores, gpus=gpus, concurrency=places(demand, machines), demand=demand)
+
+
+def resources_anywhere(
+    address: str | None, *, plan: Plan, runs: Path, log: Path, tell: Callable[[str], None]
+) -> Resources:
+    """Return what the trials of a plan get here, or on the Ray cluster at `address`, whose nodes are checked for it.
+
+    Raises:
+        WorkbenchError: a trial does not fit, or a node could not run any.
+    """
+    specs, execution = tuple(plan.specs.values()), plan.study.execution
+    if address is None:
+        return resources_for(specs, execution)
+    from workbench.ray_executor import resources_of_cluster  # Ray takes seconds
+
+    tell(f"Joining {address} and checking its nodes")
+    return resources_of_cluster(address, specs=specs, execution=execution, runs=runs, log=log, tell=tell)
 
 
 def run_inline(job: Job) -> None:
@@ -181,8 +198,10 @@ def run_inline(job: Job) -> None:
                 job.runs,
                 should_stop=job.stop.path.exists,
                 device=job.resources.device,
+                gpus=job.resources.demand.all_gpus,
                 driver=job.driver,
                 allow_code=job.allow_code,
-                trainer=job.trainer,
+                trainer=trainer_on_one_machine(job.resources.demand, job.trainer),
+                placement=job.resources.demand.to_json(),
             )
             again = try_again(store, spec.trial_id, job.driver, retries=retries, stop=job.stop.path)

@@ -29,6 +29,10 @@ def classify(error: BaseException) -> FailureClass:
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"MemoryError", "OutOfMemoryError"}:  # torch's has no other base worth importing torch for
         return "out_of_memory"
+    if "WorkerLost" in names:
+        return "worker_lost"
+    if "WorkerLost" in names:  # one of several processes of the trial
+        return "worker_lost"
     if isinstance(error, SystemExit):
         return "exited"
     if isinstance(error, ImportError):

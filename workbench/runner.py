@@ -8,8 +8,9 @@ import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Literal, TextIO
+from dataclasses import asdict
+from functools import cached_property
+from typing import TextIO
 
 from core.model import kernel
 from workbench import commands, disk, durable, gate, hook, report
@@ -18,10 +19,11 @@ from workbench.budget import Budget, watching
 from workbench.contacts import refuse_credentials
 from workbench.costs import machine_of
 from workbench.errors import StoreError, WorkbenchError
-from workbench.execution import Job, StopRequest, resources_for, run_inline
+from workbench.execution import Job, Resources, StopRequest, resources_anywhere, run_inline
 from workbench.housekeeping import Housekeeping
 from workbench.mlflow_mirror import Mirror
 from workbench.mlflow_mirror.mirror import FLUSH_SECONDS, FLUSH_STOPPED_SECONDS
+from workbench.options import Options
 from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
@@ -31,32 +33,12 @@ from workbench.searching import Searching
 from workbench.spending import spent
 from workbench.store import STOP_FILE, Store
 from workbench.study import Plan, PlannedTrial
-from workbench.trainers import Trainer
 from workbench.trial import complete, write_error
 from workbench.user_code import refuse_code
 from workbench.verdict import judge
 
-Executor = Literal["ray", "inline"]
-
 LIMIT_REACHED = 4  # exit code: stopped in good order by a limit of the run
 WAIT_SECONDS = 2.0  # between looks at a trial that another driver runs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How `run` goes about a plan; nothing of it enters a trial's identity."""
-
-    executor: Executor = "ray"  # `ray` runs trials as processes, `inline` one after another in this one
-    until_decided: bool = False  # go on look by look while a claim is undecided for want of seeds
-    budget_seconds: float | None = None  # wall time within which a further look must fit; None: the study's own
-    tracking_uri: str | None = None  # MLflow's; None: the study's own, or the embedded database
-    address: str | None = None  # of a Ray cluster; None: this machine
-    allow_code: bool = False  # run the code of custom parts; without it a study that has some is refused
-    wait: bool = False  # for another driver of the same plan to end, rather than leave at once
-    on_end: str | None = None  # a command or URL that is told how the run ended
-    gpu_hours: float | None = None  # limit of the study at its profile, all attempts counted; None: the study's own
-    without_gate: bool = False  # go on without a passed gate, and whatever the baseline's first epoch says
-    trainer: Trainer | None = None  # the detector's code, which travels to the trials' processes; None: `core`
 
 
 def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: TextIO) -> int:
@@ -127,7 +109,6 @@ class Run:
         self.began = time.monotonic()
         self.driver = Process.current(command=durable.now())
         self.tried: set[str] = set()  # trials that this driver has given to its executor
-        self.resources = resources_for(tuple(plan.specs.values()))
         self.stop = StopRequest(ref.path / STOP_FILE, announce=self._announce_stop)
         self.progress: Progress | None = None
         self.house = Housekeeping(store, plan, say=self._announce_stop)
@@ -150,6 +131,21 @@ class Run:
             without_gate=self.options.without_gate,
             allow_code=self.options.allow_code,
             say=self.say,
+        )
+
+    @cached_property
+    def resources(self) -> Resources:
+        """What there is for the trials, here or on the cluster, which is joined and checked for it.
+
+        Raises:
+            WorkbenchError: a trial does not fit, or a node of the cluster cannot run any.
+        """
+        return resources_anywhere(
+            self.options.address if self.options.executor == "ray" else None,
+            plan=self.plan,
+            runs=self.store.root,
+            log=self.ref.path / "ray_check.log",
+            tell=self.say,
         )
 
     def looks(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from workbench import attempts, lease
 from workbench.execution import Job
@@ -21,7 +21,8 @@ from workbench.processes import Process
 from workbench.retrying import canary_says, try_again
 from workbench.store import Store
 from workbench.study import TrialSpec
-from workbench.template import AVAILABLE, Fresh, Lost, Template
+from workbench.template import AVAILABLE, Fresh, Here, Lost, Template
+from workbench.trainers import Trainer
 from workbench.trial import execute, write_error
 
 CANARY_PATIENCE_SECONDS = 600.0
@@ -41,23 +42,31 @@ class Task:
     stop: Path  # a file that asks to stop
     driver: Process
     retries: int
-    forks: bool  # else each trial has a new Python
+    processes: Literal["forks", "new", "here"]  # of trials: `here` is the slot's own
     canary: str | None = None  # the trial that goes first: no other begins before it has taken a step
 
 
 def task_for(
-    job: Job, *, logs: Path, work: Callable[..., Any] = execute, canary: str | None = None, **arguments: Any
+    job: Job,
+    *,
+    logs: Path,
+    trainer: Trainer | None,
+    work: Callable[..., Any] = execute,
+    canary: str | None = None,
+    **arguments: Any,
 ) -> Task:
     """Return what the slots need of a job: how a trial is run, by `work` with more `arguments` than a job knows."""
+    demand = job.resources.demand
     run = partial(
         work,
         runs=job.runs,
-        device=job.resources.device,
+        device=demand.device,
         driver=job.driver,
         allow_code=job.allow_code,
-        trainer=job.trainer,
+        trainer=trainer,
         stall_seconds=job.execution.stall_seconds,
-        gpus=job.execution.gpus * job.execution.nodes if job.resources.device != "cpu" else 0.0,
+        gpus=demand.all_gpus,
+        placement=demand.to_json(),
         **arguments,
     )
     return Task(
@@ -67,7 +76,8 @@ def task_for(
         stop=job.stop.path,
         driver=job.driver,
         retries=job.execution.retries,
-        forks=AVAILABLE and job.resources.device == "cpu",
+        # Over several nodes the slot itself has Ray, which places the trial's processes.
+        processes="here" if demand.nodes > 1 else "forks" if AVAILABLE and demand.device == "cpu" else "new",
         canary=canary,
     )
 
@@ -101,9 +111,11 @@ class Slot:
         """End what still runs."""
         self._processes.close()
 
-    def _new_processes(self) -> Template | Fresh:
+    def _new_processes(self) -> Template | Fresh | Here:
+        if self._task.processes == "here":
+            return Here()
         log = self._task.logs / f"slot-{os.getpid()}.log"
-        return Template(log=log) if self._task.forks else Fresh(log=log)
+        return Template(log=log) if self._task.processes == "forks" else Fresh(log=log)
 
     # Before
 

@@ -56,6 +56,15 @@ def _fraction(margin: float) -> float:
     return margin
 
 
+def _share_or_whole(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(
+            f"{gpus:g} is neither a share of one GPU nor a number of GPUs; allowed: up to 1, or 2, 3, 4, ..."
+        )
+    return gpus
+
+
+Gpus = Annotated[float, Field(gt=0, le=64), AfterValidator(_share_or_whole)]
 Metric = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(NUMBER_NAMES)})]
 Recipe = Annotated[
     str,
@@ -158,7 +167,7 @@ class ExecutionPart(FilePart):
 
     retries: int | None = Field(default=None, ge=0, le=20, description="of a trial whose failure may pass; default: 2")
     stall_after: Duration | None = Field(default=None, description="without a step a trial is tried anew; default: 15m")
-    gpus: float | None = Field(default=None, gt=0, le=64, description="a trial, on a node; .5: two trials a GPU")
+    gpus: Gpus | None = Field(default=None, description="a trial, on a node; .5: two trials a GPU")
     nodes: int | None = Field(default=None, ge=1, le=64, description="a trial; default: 1")
     gpu_hours: float | None = Field(default=None, gt=0, description="hard limit of all attempts at this profile")
     quota: Size | None = Field(default=None, description="of checkpoints and predictions in the runs folder")

@@ -121,6 +121,21 @@ class Fresh:
         """Nothing is left between works."""
 
 
+class Here:
+    """No process but the caller's, for work that needs what the caller is connected to; same use as a `Template`."""
+
+    def run(self, work: Callable[[], Any], *, watch: Callable[[], None] = _nothing) -> None:  # noqa: ARG002
+        """Call `work`."""
+        work()
+
+    def alive(self) -> bool:
+        """Tell that another work may come."""
+        return True
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
 def _raise_unless_well(code: int) -> None:
     if code:
         fate = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

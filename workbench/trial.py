@@ -65,6 +65,7 @@ def execute(  # noqa: PLR0913 - what a trial can be told
     allow_code: bool = False,
     stall_seconds: float | None = None,
     gpus: float = 0.0,
+    placement: Mapping[str, Any] | None = None,
 ) -> attempts.Outcome | Literal["busy"]:
     """Bring a trial as far as it goes and return how this attempt ended; whatever the trial raises becomes its record.
 
@@ -79,6 +80,7 @@ def execute(  # noqa: PLR0913 - what a trial can be told
         stall_seconds: without a step or a scored batch, after which this process records `stalled` and ends itself;
             None never does.
         gpus: how many the trial holds, for the record.
+        placement: how many processes and which share of a GPU it has, for the provenance of its result.
 
     Returns:
         `busy` when another process works on the trial or has taken it over.
@@ -101,7 +103,14 @@ def execute(  # noqa: PLR0913 - what a trial can be told
         attempt = attempts.begin(folder, driver=driver, gpus=gpus)
     except BusyError:
         return "busy"
-    work = _Work(spec=spec, store=store, attempt=attempt, should_stop=should_stop, device=device)
+    work = _Work(
+        spec=spec,
+        store=store,
+        attempt=attempt,
+        should_stop=should_stop,
+        device=device,
+        placement=dict(placement or {}),
+    )
     with work.beating(stall_seconds):
         return work.run(trainer or CoreTrainer(device))
 
@@ -115,6 +124,7 @@ class _Work:
     attempt: attempts.Attempt
     should_stop: Callable[[], bool]
     device: str
+    placement: dict[str, Any]
 
     def __post_init__(self) -> None:
         self.folder = self.store.trial_dir(self.spec.trial_id)
@@ -127,6 +137,7 @@ class _Work:
         self._provenance = provenance.collect(
             threads=training.threads, device=self.device, precision=training.precision
         )
+        self._provenance |= self.placement
 
     @contextmanager
     def beating(self, stall_seconds: float | None) -> Iterator[None]:

@@ -3,11 +3,10 @@
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import ray
 
-from workbench.ray_executor import tuner
+from workbench.ray_executor.cluster import join
 
 LISTENING = "0A"  # as /proc/net/tcp has it
 
@@ -28,7 +27,7 @@ def is_ours(number: int) -> bool:
 
 def main() -> None:
     """Print the listeners."""
-    tuner._start(SimpleNamespace(address=None, resources=SimpleNamespace(cores=1)))
+    join(None, cores=1)
     ray.get(ray.remote(lambda: None).remote())  # so that a worker listens, too
     listening = sockets()
     for process in Path("/proc").glob("[0-9]*"):

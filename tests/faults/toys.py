@@ -259,7 +259,15 @@ def _run_in_slot(job: Job, *, patience: float) -> None:
     watch = threading.Timer(patience, _give_up, (job,))
     watch.start()
     with mock.patch.object(slots, "Template", partial(Template, modules=("toys",))):  # torch would take seconds
-        slot = Slot(task_for(job, logs=logs, canary=job.specs[0].trial_id, should_stop=job.stop.path.exists))
+        slot = Slot(
+            task_for(
+                job,
+                logs=logs,
+                trainer=job.trainer,
+                canary=job.specs[0].trial_id,
+                should_stop=job.stop.path.exists,
+            )
+        )
     try:
         for spec in job.specs:
             slot.run(spec)

@@ -5,7 +5,7 @@ import pytest
 from core.config import ExperimentConfig
 from core.parts import dotted_keys
 from core.recipes import RECIPES
-from workbench.study_schema import json_schema, seconds_of
+from workbench.study_schema import ExecutionPart, json_schema, seconds_of
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,10 @@ def test_every_reference_of_the_schema_leads_somewhere():
                 yield from references(value)
 
     assert {text.removeprefix("#/$defs/") for text in references(schema)} <= set(schema["$defs"])
+
+
+def test_gpus_are_a_share_of_one_or_a_number_of_them():
+    """Half a GPU and four GPUs can be had, one and a half cannot."""
+    assert [ExecutionPart(gpus=gpus).gpus for gpus in (0.5, 1, 4)] == [0.5, 1, 4]
+    with pytest.raises(ValueError, match=r"1\.5 is neither a share of one GPU nor a number of GPUs"):
+        ExecutionPart(gpus=1.5)

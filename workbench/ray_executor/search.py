@@ -17,6 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from workbench.execution import Job
+from workbench.ray_executor import several
 from workbench.ray_executor.tuner import GRACE_SECONDS, _per_trial, _StopWhenAsked, _trial_name
 from workbench.records import TrialRecord
 from workbench.search import Configuration, epoch_scores, expanded, final_score, read, was_stopped, worst_score
@@ -40,14 +41,16 @@ def search(job: Job, searching: Searching, folder: Path) -> None:
     over = {item.trial_id for item in searching.tried() if item.over}
     known = [item for item in searching.configurations if asha or item.trial_id not in over]
     num_new = searching.total - len(searching.configurations)
-    task = task_for(job, logs=folder, work=_execute, stop=job.stop.path)
+    task = task_for(
+        job, logs=folder, trainer=several.trainer_for(job.resources.demand, job), work=_execute, stop=job.stop.path
+    )
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_Actor, task=task, plan=searching.base), _per_trial(job)),
         tune_config=tune.TuneConfig(
             search_alg=_Source(searching, known, stopping=job.stop.path.exists),
             scheduler=_Asha(searching) if asha else FIFOScheduler(),
             num_samples=len(known) + num_new,
-            max_concurrent_trials=None if job.address else job.resources.concurrency,
+            max_concurrent_trials=job.resources.concurrency,
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,

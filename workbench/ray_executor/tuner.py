@@ -5,22 +5,20 @@ the trials; each resumes from its own checkpoint. An actor of Ray is a slot (`wo
 trial, each in a process of its own. When an actor dies, as with its machine, Ray gives its trial to another one.
 """
 
-import logging
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray._private import ray_constants
 
-from workbench.errors import WorkbenchError
 from workbench.execution import Job
+from workbench.ray_executor import several
+from workbench.ray_executor.cluster import join
+from workbench.ray_executor.orphans import end_with_raylet
+from workbench.ray_executor.output import output_to
 from workbench.slots import Slot, Task, task_for
 from workbench.store import Store
 from workbench.study import TrialSpec
@@ -42,17 +40,16 @@ def run_on_ray(job: Job) -> None:
     """Run the trials as processes, as many at once as the cores allow; returns when all have ended or a stop was asked.
 
     Raises:
-        WorkbenchError: the cluster can never satisfy what a trial asks for (Ray itself would wait for ever).
+        WorkbenchError: the cluster cannot be joined.
     """
     folder = job.folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-    with _output_to(folder / "ray.log"):
-        _start(job)
+    with output_to(folder / "ray.log"):
+        join(job.address, cores=job.resources.cores)
         try:
             job.stop.install()  # Ray has taken SIGTERM, and would abort
-            _check_resources(job)
             if job.searching is None:
                 _fit(job, folder)
             else:
@@ -63,63 +60,27 @@ def run_on_ray(job: Job) -> None:
             ray.shutdown()
 
 
-def _start(job: Job) -> None:
-    listen_to_others(allowed=job.address is not None)
-    if job.address is not None:
-        ray.init(address=job.address, logging_level=logging.ERROR, log_to_driver=False)
-        return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of one, which only this machine can reach
-    try:
-        ray.init(
-            address="local",
-            num_cpus=job.resources.cores,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            object_store_memory=100 * 1024**2,
-        )
-    except (OSError, RuntimeError, ValueError) as error:  # no room, no loopback, names of sockets too long, ...
-        raise WorkbenchError(
-            f"Ray cannot be started here ({str(error).strip().splitlines()[0]}): `python -m workbench doctor` says "
-            "what this machine lacks, and run --executor inline goes without Ray"
-        ) from error
-
-
-def listen_to_others(*, allowed: bool) -> None:
-    """Let what Ray starts from here on be reached from other machines, or bind it all to loopback.
-
-    On Linux Ray listens to every network, also for one machine, where no token guards it. Its switch for systems
-    without clusters makes it use loopback; this process has read it already, those that it starts will.
-    """
-    ray_constants.ENABLE_RAY_CLUSTER = allowed
-    if allowed:
-        os.environ.pop(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, None)
-    else:
-        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-
-
-def _check_resources(job: Job) -> None:
-    wanted, available = _per_trial(job), ray.cluster_resources()
-    for name, ray_name in (("cpu", "CPU"), ("gpu", "GPU")):
-        if wanted[name] > available.get(ray_name, 0):
-            raise WorkbenchError(
-                f"a trial asks for {wanted[name]} {ray_name}, and Ray offers {available.get(ray_name, 0):g}: "
-                "lower training.threads, or name a cluster with --address"
-            )
-
-
 def _per_trial(job: Job) -> dict[str, float]:
-    return {"cpu": job.resources.threads, "gpu": 1 if job.resources.device == "cuda" else 0}
+    demand = job.resources.demand
+    if demand.nodes > 1:
+        return dict(several.SUPERVISOR)
+    return {"cpu": demand.cores_a_node, "gpu": demand.gpus * demand.processes}
 
 
 def _fit(job: Job, folder: Path) -> None:
-    task = task_for(job, logs=folder, canary=job.specs[0].trial_id, should_stop=job.stop.path.exists)
+    task = task_for(
+        job,
+        logs=folder,
+        trainer=several.trainer_for(job.resources.demand, job),
+        canary=job.specs[0].trial_id,
+        should_stop=job.stop.path.exists,
+    )
     trainable = tune.with_parameters(_Actor, task=task, specs={spec.trial_id: spec for spec in job.specs})
     tuner = tune.Tuner(
         tune.with_resources(trainable, _per_trial(job)),
         param_space={"trial_id": tune.grid_search([spec.trial_id for spec in job.specs])},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=None if job.address else job.resources.concurrency,
+            max_concurrent_trials=job.resources.concurrency,
             reuse_actors=True,  # a trial is a process of its own, so nothing is left of it in the actor
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -146,6 +107,7 @@ class _Actor(tune.Trainable):
     ) -> None:
         assert task is not None  # always given, both; Tune's own signature has only the config
         assert specs is not None
+        end_with_raylet()
         self._trial_id, self._specs = config["trial_id"], specs
         self._slot = Slot(task)
 
@@ -183,22 +145,3 @@ class _StopWhenAsked(tune.Stopper):
         store = Store(self._runs)
         working = any(store.state(trial_id) == "running" for trial_id in self._trial_ids)
         return not working or time.monotonic() > self._deadline
-
-
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Send what this process prints, Ray's native code included, to a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = {number: os.dup(number) for number in (1, 2)}
-    with log.open("ab") as file:
-        for number in saved:
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in saved.items():
-            os.dup2(copy, number)
-            os.close(copy)
