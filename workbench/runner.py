@@ -360,7 +360,8 @@ class Run:
         )
         if resources.gpus:
             names = ", ".join(f"{count} x {name}" for name, count in Counter(resources.gpus).items())
-            used = "uses them, one a trial" if resources.device == "cuda" else "draws its pictures and stays on the CPU"
+            each = f"uses them, {resources.demand.gpus * resources.demand.world_size:g} a trial"
+            used = each if resources.device == "cuda" else "draws its pictures and stays on the CPU"
             self.say(f"GPUs: {names}; profile {study.profile} {used}")
         for warning in self.plan.warnings:
             self.say(f"Warning: {warning}")

@@ -139,7 +139,7 @@ def refused() -> dict[str, dict[bool, Seen]]:
     refusing = {"F26": Drive("gpus_on", gpus=2), "F26b": Drive("threads_on", threads=4), "F27": Drive("import_on")}
     found = {number: {True: drive.wait()} for number, drive in refusing.items()}
     only_there = Drive("import_off", off=("node checks",), threads=2, seeds=1)  # no other node has two cores
-    found["F27"][False] = only_there.wait()
+    found["F27"][False] = only_there.wait(20.0)  # it fails, or waits for a first trial that never takes a step
     for number, drive in endless.items():
         found[number][False] = drive.wait(1.0)
     nodes().kill(node)
