@@ -29,7 +29,7 @@ from workbench import execution, trial
 from workbench.mlflow_mirror import Mirror
 from workbench.plan import make_plan
 from workbench.progress import Progress
-from workbench.runner import Options, _Run, run_study
+from workbench.runner import Options, Run, run_study
 from workbench.store import Store
 from workbench.study import Plan
 from workbench.study_file import Selection, load_study
@@ -125,9 +125,9 @@ def measure(executor: str, count: int, folder: Path) -> dict[str, float]:
     with _timed(spent, "a look of the progress lines, all pending"):
         progress.update()
     for owner, name, part in (
-        (_Run, "_execute", "driver's main thread while trials run"),
-        (_Run, "judge", "verdicts"),
-        (_Run, "report", "report"),
+        (Run, "_execute", "driver's main thread while trials run"),
+        (Run, "judge", "verdicts"),
+        (Run, "report", "report"),
         (Progress, "_loop", "progress lines"),
         (Mirror, "_loop", "mirror of MLflow"),
     ):

@@ -20,7 +20,7 @@ from toys import Poison, ToyTrainer, toy_plan
 
 from workbench import disk, durable, report, status
 from workbench.errors import WorkbenchError
-from workbench.runner import Options, _Run
+from workbench.runner import Options, Run
 from workbench.store import Store
 from workbench.study import Plan
 from workbench.trial import complete, execute
@@ -142,7 +142,7 @@ def _as_run(store: Store, plan: Plan) -> None:
     with disk.in_words(store.root):
         ref = store.register(plan, source="")
     nobody: Any = SimpleNamespace(tracking_uri="")
-    run = _Run(plan, store, ref, nobody, options=Options(executor="inline"), err=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    run = Run(plan, store, ref, nobody, options=Options(executor="inline"), err=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     with run.err, disk.in_words(store.root):
         store.results_for(plan)
         store.start_look(ref, 1)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mutants import PROFILE, STUDY
 
-from core.checkpoint import sidecar_of
+from core.checkpoint_files import sidecar_of
 from workbench import cli, contacts
 from workbench.errors import DataError, StoreError, StudyFileError, WorkbenchError
 from workbench.mlflow_mirror import sync
