@@ -40,7 +40,7 @@ def switch_off(protection: str) -> None:
         cluster.places = lambda *_: 1
         known_demand = cluster.demand_of
         cluster.demand_of = lambda specs, asked, _: (
-            Demand(device="cuda", threads=1, gpus=1.0) if asked.gpus > 1 else known_demand(specs, asked, ())
+            Demand(device="cpu", threads=1, gpus=1.0) if asked.gpus > 1 else known_demand(specs, asked, ())
         )
     elif protection == "retries":
         known = tuner.tune.FailureConfig
