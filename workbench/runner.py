@@ -113,18 +113,27 @@ class Run:
         self.progress: Progress | None = None
         self.house = Housekeeping(store, plan, say=self._announce_stop)
         self.searching: Searching | None = None  # where configurations are suggested while trials run
-        self.budget = Budget(
-            plan,
-            store,
-            machine=machine_of(plan, self.resources, at_once=self._slots()),
-            gpu_hours=options.gpu_hours,
+        self.budget_seconds = options.budget_seconds or plan.study.budget_seconds
+
+    @cached_property
+    def budget(self) -> Budget:
+        """What may be spent, on what there is for the trials."""
+        return Budget(
+            self.plan,
+            self.store,
+            machine=machine_of(self.plan, self.resources, at_once=self._slots()),
+            gpu_hours=self.options.gpu_hours,
             stop=self.stop,
             say=self.say,
         )
-        self.budget_seconds = options.budget_seconds or plan.study.budget_seconds
 
     def require_gate(self) -> None:
-        """Refuse a dear study that has no passed gate."""
+        """Refuse a dear study that has no passed gate; one in which nothing is left to run needs none."""
+        started = max(1, self.store.results_for(self.plan).looks_started)
+        looks = self.plan.study.looks
+        over = all(map(self._over, self.plan.at_look(looks[-1 if self.options.until_decided else started - 1])))
+        if over and self.plan.study.search is None:
+            return
         gate.require(
             self.budget,
             until_decided=self.options.until_decided,

@@ -18,6 +18,7 @@ from ray.tune.search import Searcher
 
 from workbench.execution import Job
 from workbench.ray_executor import several
+from workbench.ray_executor.orphans import end_with_raylet
 from workbench.ray_executor.tuner import GRACE_SECONDS, _per_trial, _StopWhenAsked, _trial_name
 from workbench.records import TrialRecord
 from workbench.search import Configuration, epoch_scores, expanded, final_score, read, was_stopped, worst_score
@@ -182,6 +183,7 @@ class _Actor(tune.Trainable):
     def setup(self, config: dict[str, Any], *, task: Task | None = None, plan: Plan | None = None) -> None:
         assert task is not None  # always given, both; Tune's own signature has only the config
         assert plan is not None
+        end_with_raylet()
         self._task, self._plan, self._store = task, plan, Store(task.runs)
         self._slot: Slot | None = None  # which takes seconds to make, and what is only told again needs none
         self._take(config)
