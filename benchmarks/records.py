@@ -77,7 +77,7 @@ ref = store.register(plan, source="")
 run = Run(plan, store, ref, Mirror(), options=Options(executor="inline"), err=io.StringIO())
 store.results_for(plan)
 assert run._candidates(plan.trials) == () and not run._elsewhere(plan.trials)
-run.house.prepare(run._candidates(plan.trials), at_once=1)
+run.house.prepare(plan, run._candidates(plan.trials), at_once=1)
 """,
     "decide, judge and report": PLANNED
     + """

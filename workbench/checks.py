@@ -111,7 +111,10 @@ def evaluation(plain: Plain | None, eval_id: str) -> Plain | None:
         return None
     found = Metrics.from_json(plain["metrics"])
     scores = [*found.numbers().values(), *(value for named in found.per_class.values() for value in named.values())]
-    good = all(score is None or (type(score) in (int, float) and 0 <= score <= 1) for score in scores)
+    counts = (found.num_pictures, found.num_boxes)
+    good = all(type(count) is int and count >= 0 for count in counts) and all(
+        score is None or (type(score) in (int, float) and 0 <= score <= 1) for score in scores
+    )
     return plain if good else None
 
 

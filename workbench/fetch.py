@@ -135,6 +135,8 @@ class _Fetch:
         result = durable.read_json(folder / "result.json")
         if result is not None and self.staged.result(trial_id) is None:
             raise ValueError("its result.json says neither finished nor diverged")
+        if durable.damaged(folder / "error.json"):
+            raise ValueError("its error.json is damaged")
         events = self.staged.events(trial_id)
         for stamped in events:
             datetime.fromisoformat(stamped.time)

@@ -21,10 +21,10 @@ LARGEST_MANIFEST = 1 << 20
 _LARGEST = {".json": 256 << 20, ".yaml": 1 << 20, ".jsonl": 1 << 30, ".parquet": 8 << 30}  # bytes
 
 _NAMES: dict[Kind, re.Pattern[str]] = {
-    "study": re.compile(r"(plan|registered|looks|verdicts|last_run|search)\.json|study\.yaml"),
+    "study": re.compile(r"(plan|registered|looks|verdicts|last_run|search|estimate|without_gate)\.json|study\.yaml"),
     "trial": re.compile(
         r"(spec|result|error|stopped)\.json|(result|error)\.before_attempt_\d{1,6}\.json|events\.jsonl"
-        r"|attempts/\d{4,6}\.json|evaluations/[0-9a-f]{12}/[a-z0-9_]{1,40}\.(json|parquet)"
+        r"|(attempts|provenance)/\d{4,6}\.json|evaluations/[0-9a-f]{12}/[a-z0-9_]{1,40}\.(json|parquet)"
     ),
 }
 

@@ -50,6 +50,10 @@ def _read(folder: Path, stamp: tuple[object, ...]) -> RegisteredPlan:  # noqa: A
         durable.check_time(registered["registered_at"])
         started, judged = (folder / name for name in _FILES[2:])
         damaged = [path for path in (started, judged) if is_damaged(path)]
+        if not all(
+            isinstance(name, str) for trial in plain["trials"] for name in (trial["variant"], trial["trial_id"])
+        ):
+            raise TypeError("a trial whose name is no text")
         claims = {identity(claim): str(claim["id"]) for claim in plain["study"]["claims"]}
         return RegisteredPlan(
             folder=folder,

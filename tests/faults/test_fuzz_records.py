@@ -146,7 +146,7 @@ def _as_run(store: Store, plan: Plan) -> None:
     with run.err, disk.in_words(store.root):
         store.results_for(plan)
         store.start_look(ref, 1)
-        run.house.prepare(run._candidates(plan.trials), at_once=1)
+        run.house.prepare(plan, run._candidates(plan.trials), at_once=1)
         run._elsewhere(plan.trials)
         run.judge()
 

@@ -93,7 +93,7 @@ def _killed_while_writing(place: Path, *, protected: bool) -> Seen:
     plan, store = toy_plan(place, seeds=1), Store(place / "runs")
     spec = next(iter(plan.specs.values()))
     folder = store.trial_dir(spec.trial_id)
-    for name in ("spec.json", "metrics.json", "result.json", "0004.json"):
+    for name in ("spec.json", "metrics.json", "result.json", "attempts/0004.json"):
         _in_a_process(lambda name=name: _execute_and_die_at(name, spec, store, protected=protected))
     ended = execute(spec, store.root, should_stop=lambda: False, trainer=ToyTrainer())
     result = store.result(spec.trial_id) or {}
@@ -110,13 +110,13 @@ def _execute_and_die_at(name: str, spec: Any, store: Store, *, protected: bool) 
     write, rename = durable._write_and_sync, Path.replace
 
     def die_at_rename(self: Path, target: Path) -> Path:
-        if Path(target).name == name:
+        if str(target).endswith(f"/{name}"):
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(self, target)
 
     def write_in_place(path: Path, content: bytes) -> None:
         real = path.with_name(path.name[1 : path.name.index(".json") + 5])
-        if real.name == name:
+        if str(real).endswith(f"/{name}"):
             real.write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
