@@ -80,7 +80,10 @@ _FORMS = {
         partial(torch.save, _use_new_zipfile_serialization=False),
         "holds a posix.mkdir, which reading would run as code",
     ),
-    "bare pickle": (lambda state, path: path.write_bytes(pickle.dumps(state)), "is none of torch's files"),
+    "bare pickle": (
+        lambda state, path: path.write_bytes(pickle.dumps(state)),
+        "cannot be read as a torch checkpoint: it is none",
+    ),
 }
 
 
