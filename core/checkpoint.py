@@ -146,7 +146,7 @@ def read_safely(path: Path) -> dict[str, Any]:
 def _why_refused(error: pickle.UnpicklingError) -> str:
     name = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
     if name is None:
-        return "is none of torch's files, or no whole one"  # torch's own words advise to read it unsafely
+        return "cannot be read as a torch checkpoint: it is none, or no whole one"  # torch would advise to trust it
     return (
         f"holds a {name[1]}, which reading would run as code; tensors, plain values and argparse.Namespace are read. "
         "Where you trust the file, load it yourself and save {'model': its state dict} as a new one"

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -138,9 +139,14 @@ def _defaults(part: Part, prefix: str) -> Settings:
     return {key: Setting(value=value) for key, value in flatten(part.model_dump(), prefix).items()}
 
 
+@cache
+def _all_defaults() -> Settings:
+    return _defaults(ExperimentConfig(), "")
+
+
 def apply(layers: Iterable[Layer]) -> Settings:
     """Lay the layers over the defaults; the result holds every key of the kinds that were chosen."""
-    settings = _defaults(ExperimentConfig(), "")
+    settings = dict(_all_defaults())
     waiting: list[tuple[Assignment, str]] = []
     named: set[str] = set()  # kinds that recipe and study name by themselves
     for layer in layers:
