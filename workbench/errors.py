@@ -7,6 +7,9 @@ WorkbenchError        exit code 2 unless the class says otherwise
     BusyError         exit code 3: somebody else runs this study
 """
 
+LIMIT_REACHED = 4
+"""Exit code of a run that was stopped in good order by a limit of its own: neither a failure nor a success."""
+
 
 class WorkbenchError(Exception):
     """Base of the errors that are shown without a traceback."""

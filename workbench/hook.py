@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from workbench.errors import WorkbenchError
+from workbench.errors import LIMIT_REACHED, WorkbenchError
 from workbench.records import StudyResults
 
 OPTION = "--on-end"
@@ -89,7 +89,7 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _event(exit_code: int) -> str:
-    if exit_code > 128:
+    if exit_code > 128 or exit_code == LIMIT_REACHED:
         return "interrupted"
     return "failed" if exit_code else "done"
 

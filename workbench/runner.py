@@ -18,7 +18,7 @@ from workbench.attempts import Attempt, end_for_dead
 from workbench.budget import Budget, watching
 from workbench.contacts import refuse_credentials
 from workbench.costs import machine_of
-from workbench.errors import StoreError, WorkbenchError
+from workbench.errors import LIMIT_REACHED, StoreError, WorkbenchError
 from workbench.execution import Job, Resources, StopRequest, resources_anywhere, run_inline
 from workbench.housekeeping import Housekeeping
 from workbench.mlflow_mirror import Mirror
@@ -37,7 +37,6 @@ from workbench.trial import complete, write_error
 from workbench.user_code import refuse_code
 from workbench.verdict import judge
 
-LIMIT_REACHED = 4  # exit code: stopped in good order by a limit of the run
 WAIT_SECONDS = 2.0  # between looks at a trial that another driver runs
 
 

@@ -6,7 +6,8 @@ always tries the same ones. Under Ray as many run as there are slots, and Ray Tu
 
 from typing import Any
 
-from workbench.errors import WorkbenchError
+from workbench.budget import watching
+from workbench.errors import LIMIT_REACHED, WorkbenchError
 from workbench.labels import METRICS, POINTS
 from workbench.runner import Run
 from workbench.search import Tried
@@ -41,6 +42,8 @@ class SearchRun(Run):
         self.found.save()
         if self.stop.signal is not None:
             return 128 + self.stop.signal
+        if self.stop.reason is not None:
+            return LIMIT_REACHED
         return 0 if self.found.complete() else 1
 
     def _one_after_another(self) -> None:
@@ -69,10 +72,11 @@ class SearchRun(Run):
         trials = tuple(trial for trial in self.plan.trials if not self._over(trial))
         self._say_start(1, trials)
         self.mirror.start()
-        self._execute(trials)
-        while self.stop.paused():
-            self._wait_out_pause()
+        with watching((self.budget.passed,), self.stop), self.house.watching(self._stop_for_disk):
             self._execute(trials)
+            while self.stop.paused():
+                self._wait_out_pause()
+                self._execute(trials)
         self.tried.update(item.trial_id for item in self.found.configurations)
         if not self.stop.requested() and not any(item.epochs or item.over for item in self.found.tried()):
             self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")

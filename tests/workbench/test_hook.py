@@ -160,3 +160,12 @@ def test_only_the_command_line_names_a_hook(tmp_path, toy_study, capsys):
 def _fail(step):
     if step == 3:
         raise RuntimeError("injected")
+
+
+def test_a_limit_of_the_run_is_no_failure(toy_plan, store):
+    """A run that its own limit stopped goes on another time: its end is told as an interruption."""
+    results = store.results_for(toy_plan)
+    events = {
+        code: hook.news(results, exit_code=code, report=store.root / "none.md")["event"] for code in (0, 1, 4, 143)
+    }
+    assert events == {0: "done", 1: "failed", 4: "interrupted", 143: "interrupted"}
