@@ -3,7 +3,7 @@
 What an outstanding trial will write is known from finished trials of the same plan: as much as the largest of the last
 20. Before one has finished it is estimated from the configuration, rather too high than too low: 20 bytes a parameter
 for a checkpoint (weights, two moments of the optimiser and averaged weights in fp32), 30 bytes a row of predictions
-(300 rows a picture) and 1 MiB for the rest. Beside what stays, each trial at work has two further checkpoints.
+(300 rows a picture) and 1 MB for the rest. Beside what stays, each trial at work has two further checkpoints.
 """
 
 import errno
@@ -18,10 +18,11 @@ from typing import Any
 
 from core.config import ExperimentConfig, SmallResNet
 from workbench.errors import StoreError, WorkbenchError
+from workbench.labels import size
 from workbench.records import TrialRecord
 from workbench.study import TrialSpec
 
-RESERVE_BYTES = 256 * 1024**2
+RESERVE_BYTES = 256 * 1000**2
 """What stays free for records, MLflow, Ray and everybody else: below it, a run stops in good order."""
 WATCH_SECONDS = 10.0
 CHECKPOINTS_AT_WORK = 3  # of one trial at most: the last, the one before, and the one that is being written
@@ -77,8 +78,8 @@ def check_room(
     at_work = largest * (CHECKPOINTS_AT_WORK - 1) * min(at_once, len(sizes))
     if quota_bytes is not None and largest + at_work > quota_bytes:
         raise WorkbenchError(
-            f"{runs}: execution.quota is {words(quota_bytes)}, and the checkpoints of the trials that run at once take "
-            f"about {words(largest + at_work)}: raise the quota"
+            f"{runs}: execution.quota is {size(quota_bytes)}, and the checkpoints of the trials that run at once take "
+            f"about {size(largest + at_work)}: raise the quota"
         )
     kept = sum(size.checkpoint + size.predictions for size in sizes)
     kept = kept if quota_bytes is None else min(kept, quota_bytes)
@@ -87,8 +88,8 @@ def check_room(
     if needed + RESERVE_BYTES > free:
         known = "from the finished trials" if measured else "estimated before one has finished"
         raise WorkbenchError(
-            f"{runs}: the {len(sizes)} trials to run will write about {words(needed)} ({known}), "
-            f"{words(RESERVE_BYTES)} are to stay free, and {words(free)} are free: make room, name another folder "
+            f"{runs}: the {len(sizes)} trials to run will write about {size(needed)} ({known}), "
+            f"{size(RESERVE_BYTES)} are to stay free, and {size(free)} are free: make room, name another folder "
             "with --runs, or set execution.quota, which removes checkpoints of finished trials"
         )
 
@@ -181,7 +182,7 @@ def watched(runs: Path, *, on_low: Callable[[str], None], also: Callable[[], Non
             if free < RESERVE_BYTES and not told:
                 told = True
                 on_low(
-                    f"{runs}: {words(free)} are free, less than the {words(RESERVE_BYTES)} that are to stay free: "
+                    f"{runs}: {size(free)} are free, less than the {size(RESERVE_BYTES)} that are to stay free: "
                     "stopping. Make room, then give the same command again."
                 )
 
@@ -228,13 +229,3 @@ def patiently(write: Callable[[], None]) -> None:
             if error.errno not in FULL or time.monotonic() > deadline:
                 raise
             time.sleep(_PATIENCE_SECONDS / 10)
-
-
-def words(count: int) -> str:
-    """Return bytes as people say them: 512 B, 1.5 GiB."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from workbench import provenance
-from workbench.findings import GIGABYTE, Finding, size
+from workbench.findings import GIGABYTE, Finding
+from workbench.labels import size
 
 MEMORY_A_CORE = 1.5 * GIGABYTE  # of a trial of the laptop profile, with torch
 LEAST_SHARED_MEMORY, ENOUGH_SHARED_MEMORY = 128 * 1024**2, 1024**3

@@ -32,8 +32,3 @@ def check(look: Look, runs: Path) -> Iterator[Finding]:
         yield from look(runs)
     except (OSError, ValueError) as error:
         yield Finding(what=look.__name__.replace("_", " "), state="note", found=f"could not be looked at ({error})")
-
-
-def size(num_bytes: float) -> str:
-    """Return a size as people say it."""
-    return f"{num_bytes / GIGABYTE:.1f} GB"

@@ -10,13 +10,12 @@ from workbench.costs import Machine, machine_for
 from workbench.differences import differences
 from workbench.estimate import estimate
 from workbench.evidence import gather
-from workbench.labels import POINTS, duration
+from workbench.labels import POINTS, duration, size
 from workbench.records import StudyResults
 from workbench.search import outcomes, own_variants
 from workbench.study import FEWEST_SEEDS, Look
 
 DONE = ("finished", "diverged")
-GIGA = 1e9
 
 
 def describe(results: StudyResults, *, explain: bool = False, machine: Machine | None = None) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def _look_cost(cost: dict[str, Any]) -> str:
         return "; complete"
     if cost["seconds"] is None:
         return ""
-    disk = "" if cost["disk_bytes"] is None else f", {cost['disk_bytes'] / GIGA:.2f} GB of disk"
+    disk = "" if cost["disk_bytes"] is None else f", {size(cost['disk_bytes'])} of disk"
     return (
         f"; {cost['to_run']} to run in {_range(cost['seconds'], cost['low'], cost['high'])}, "
         f"{cost['gpu_hours']:.3g} GPU-hours{disk}"
@@ -165,9 +164,9 @@ def _costs(cost: dict[str, Any]) -> list[str]:
         parts = [_range(each["seconds"], each["low"], each["high"])]
         if each["memory_bytes"] is not None:
             kind = "memory" if machine["device"] == "cpu" else "GPU memory"
-            parts.append(f"{each['memory_bytes'] / GIGA:.2f} GB of {kind}")
+            parts.append(f"{size(each['memory_bytes'])} of {kind}")
         if each["disk_bytes"] is not None:
-            parts.append(f"{each['disk_bytes'] / GIGA:.3f} GB of disk")
+            parts.append(f"{size(each['disk_bytes'])} of disk")
         lines.append(f"  {name:{width}}  {', '.join(parts)}; from {each['source']}")
     return lines
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from workbench import disk, retention
+from workbench.labels import size
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 
@@ -50,10 +51,10 @@ class Housekeeping:
             return
         kept = retention.keep_within(self._store.root, self._quota, plan=self._plan)
         if kept.trials:
-            self._say(f"Quota {disk.words(self._quota)}: removed {disk.words(kept.freed)} of {kept.trials} old trials")
+            self._say(f"Quota {size(self._quota)}: removed {size(kept.freed)} of {kept.trials} old trials")
         if kept.over and not self._told_over:
             self._told_over = True
             self._say(
-                f"Quota {disk.words(self._quota)}: passed by {disk.words(kept.over)} of trials that are at work or "
+                f"Quota {size(self._quota)}: passed by {size(kept.over)} of trials that are at work or "
                 "still to be scored, which lose nothing"
             )

@@ -10,6 +10,7 @@ from core.detector import build_detector
 from workbench import disk
 from workbench.disk import Size
 from workbench.errors import StoreError, WorkbenchError
+from workbench.labels import size
 from workbench.trial import execute
 
 
@@ -84,7 +85,7 @@ def test_low_space_is_told_once(tmp_path, monkeypatch):
     with disk.watched(tmp_path, on_low=told.append, also=also):
         assert enough.wait(timeout=10)
     assert len(told) == 1
-    assert "1000 B are free, less than the 256 MiB that are to stay free: stopping" in told[0]
+    assert "1.0 kB are free, less than the 256 MB that are to stay free: stopping" in told[0]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -119,7 +120,7 @@ def test_what_must_be_written_waits_for_room(monkeypatch):
         disk.patiently(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
 
 
-@pytest.mark.parametrize(("count", "said"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (300 * 2**20, "300 MiB")])
+@pytest.mark.parametrize(("count", "said"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (300_000_000, "300 MB")])
 def test_bytes_in_words(count, said):
     """As people say them."""
-    assert disk.words(count) == said
+    assert size(count) == said
