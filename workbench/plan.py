@@ -26,7 +26,6 @@ from core.parts import scientific
 from core.paths import is_file
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
-from workbench.redaction import redact
 from workbench.study import Parameters, Plan, PlannedTrial, Study, TrialSpec
 from workbench.user_code import sources
 
@@ -206,7 +205,6 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     study = {name: getattr(plan.study, name) for name in Study.__dataclass_fields__}
     study |= {
         "path": str(plan.study.path),
-        "tracking_uri": plan.study.tracking_uri and redact(plan.study.tracking_uri),
         "variants": [
             {
                 "name": variant.name,
