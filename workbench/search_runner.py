@@ -34,6 +34,7 @@ class SearchRun(Run):
         """Try every configuration; return the exit code."""
         self.store.start_look(self.ref, 1)
         if not self.found.complete():
+            self.found.save()  # also the variants' own settings are on record before they are tried
             if self.options.executor == "inline":
                 self._one_after_another()
             else:
