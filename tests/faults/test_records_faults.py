@@ -354,6 +354,7 @@ def _damaged_checkpoint_of_the_real_trainer(place: Path, *, protected: bool) -> 
     """Flipped bytes in the newest checkpoint of a detector that was interrupted, against one that was not."""
     from core import checkpoint as own
     from workbench.store import Store as Runs
+    from workbench.trainers import CoreTrainer
 
     (place / "toy.yaml").write_text(STUDY.format(name="toy"))
     sets = (*(item for item in TINY if "epochs" not in item), "training.epochs=3")
@@ -362,7 +363,15 @@ def _damaged_checkpoint_of_the_real_trainer(place: Path, *, protected: bool) -> 
     whole, broken = Runs(place / "whole"), Runs(place / "broken")
     execute(spec, whole.root, should_stop=lambda: False)
     checkpoints = broken.trial_dir(spec.trial_id) / "checkpoints"
-    execute(spec, broken.root, should_stop=lambda: len(list(checkpoints.glob("step_*.pt"))) >= 2)
+
+    class Stopping(CoreTrainer):
+        """Asks after every step, which a trial does a few times a second only."""
+
+        def train(self, config: Any, **rest: Any) -> Any:
+            enough = {"should_stop": lambda: len(list(checkpoints.glob("step_*.pt"))) >= 2}
+            return super().train(config, **{**rest, **enough})
+
+    assert execute(spec, broken.root, should_stop=lambda: False, trainer=Stopping("cpu")) == "interrupted"
     newest = max(checkpoints.glob("step_*.pt"))
     content = bytearray(newest.read_bytes())
     for place_in_file in range(2000, len(content), 5000):  # some of them in weights
