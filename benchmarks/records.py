@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--place", type=Path, help="where to write, and leave, them; default: a temporary folder")
+    parser.add_argument("--without", nargs="*", default=[], metavar="READER", help="leave these lines out")
     options = parser.parse_args()
     place = options.place or Path(tempfile.mkdtemp())
     try:
@@ -178,7 +179,8 @@ def main() -> None:
         mebibytes = sum(path.stat().st_size for path in runs.rglob("*") if path.is_file()) / 2**20
         print(f"{len(plan.specs)} finished trials, {mebibytes:.0f} MiB of records\n")
         print("| reader | wall, s | CPU, s | peak, MiB | limit |\n|---|---|---|---|---|")
-        for name, code in {"status, nothing in the index": READERS["status"], **READERS}.items():
+        readers = {"status, nothing in the index": READERS["status"], **READERS}
+        for name, code in ((name, code) for name, code in readers.items() if name not in options.without):
             filled = code.format(study=str(place / "many.yaml"), runs=str(runs), seeds=options.trials // 2)
             rounds = [timed(filled) for _ in range(options.rounds if name in READERS else 1)]
             wall, cpu, _ = (min(column) for column in zip(*rounds, strict=True))
