@@ -104,7 +104,15 @@ def test_a_finished_study_is_all_there(store, toy_plan, toy_trainer, client, ref
     assert curve(client, first, "loss/total") == [(step, 2 / step) for step in range(1, 7)]
     assert curve(client, first, "final_averaged/ap") == [(6, 0.25)]
     names = {item.path for item in client.list_artifacts(first.info.run_id)}
-    assert names == {"spec.json", "events.jsonl", "result.json", "evaluations", "attempts", "manifest.json"}
+    assert names == {
+        "spec.json",
+        "events.jsonl",
+        "result.json",
+        "evaluations",
+        "attempts",
+        "provenance",
+        "manifest.json",
+    }
     assert {"plan.json", "study.yaml", "registered.json", "looks.json", "verdicts.json", "manifest.json"} <= {
         item.path for item in client.list_artifacts(parent.info.run_id)
     }
