@@ -5,7 +5,6 @@ scheduler is Tune's own ASHA, one for each variant. Neither is the record: a new
 trials again, from their events, and so goes on where the last one was.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ray.tune.search import Searcher
 from workbench.execution import Job
 from workbench.ray_executor import several
 from workbench.ray_executor.orphans import end_with_raylet
-from workbench.ray_executor.tuner import GRACE_SECONDS, _per_trial, _StopWhenAsked, _trial_name
+from workbench.ray_executor.tuner import GRACE_SECONDS, StopWhenAsked, per_trial, run_config, trial_name
 from workbench.records import TrialRecord
 from workbench.search import Configuration, epoch_scores, expanded, final_score, read, was_stopped, worst_score
 from workbench.searching import Searching
@@ -46,25 +45,17 @@ def search(job: Job, searching: Searching, folder: Path) -> None:
         job, logs=folder, trainer=several.trainer_for(job.resources.demand, job), work=_execute, stop=job.stop.path
     )
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_Actor, task=task, plan=searching.base), _per_trial(job)),
+        tune.with_resources(tune.with_parameters(_Actor, task=task, plan=searching.base), per_trial(job)),
         tune_config=tune.TuneConfig(
             search_alg=_Source(searching, known, stopping=job.stop.path.exists),
             scheduler=_Asha(searching) if asha else FIFOScheduler(),
             num_samples=len(known) + num_new,
             max_concurrent_trials=job.resources.concurrency,
             reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
         ),
-        run_config=tune.RunConfig(
-            name=f"{int(time.time())}-{os.getpid()}",
-            storage_path=str(folder),
-            verbose=0,
-            log_to_file=True,
-            failure_config=tune.FailureConfig(max_failures=searching.base.study.execution.retries),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            stop=_StopSearch(job, searching.folder),
-        ),
+        run_config=run_config(job, folder, stop=_StopSearch(job, searching.folder)),
     )
     tuner.fit()
 
@@ -158,7 +149,7 @@ class _Asha(_Unkept, FIFOScheduler):
         return "\n".join(f"{name}: {scheduler.debug_string()}" for name, scheduler in self._of.items())
 
 
-class _StopSearch(_StopWhenAsked):
+class _StopSearch(StopWhenAsked):
     """Knows the trials from search.json, which grows."""
 
     def __init__(self, job: Job, folder: Path) -> None:

@@ -60,7 +60,8 @@ def run_on_ray(job: Job) -> None:
             ray.shutdown()
 
 
-def _per_trial(job: Job) -> dict[str, float]:
+def per_trial(job: Job) -> dict[str, float]:
+    """Return what the slot of a trial asks of Ray."""
     demand = job.resources.demand
     if demand.nodes > 1:
         return dict(several.SUPERVISOR)
@@ -77,26 +78,31 @@ def _fit(job: Job, folder: Path) -> None:
     )
     trainable = tune.with_parameters(_Actor, task=task, specs={spec.trial_id: spec for spec in job.specs})
     tuner = tune.Tuner(
-        tune.with_resources(trainable, _per_trial(job)),
+        tune.with_resources(trainable, per_trial(job)),
         param_space={"trial_id": tune.grid_search([spec.trial_id for spec in job.specs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=job.resources.concurrency,
             reuse_actors=True,  # a trial is a process of its own, so nothing is left of it in the actor
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
         ),
-        run_config=tune.RunConfig(
-            name=f"{int(time.time())}-{os.getpid()}",
-            storage_path=str(folder),
-            verbose=0,
-            log_to_file=True,
-            # What becomes of a trial is on record and does not reach Ray: what fails here is an actor that died.
-            failure_config=tune.FailureConfig(max_failures=job.execution.retries),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
-            stop=_StopWhenAsked(job),
-        ),
+        run_config=run_config(job, folder, stop=StopWhenAsked(job)),
     )
     tuner.fit()
+
+
+def run_config(job: Job, folder: Path, *, stop: tune.Stopper) -> tune.RunConfig:
+    """Return how Tune goes about trials whose record is not its own."""
+    return tune.RunConfig(
+        name=f"{int(time.time())}-{os.getpid()}",
+        storage_path=str(folder),
+        verbose=0,
+        log_to_file=True,
+        # What becomes of a trial is on record and does not reach Ray: what fails here is an actor that died.
+        failure_config=tune.FailureConfig(max_failures=job.execution.retries),
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
+        stop=stop,
+    )
 
 
 class _Actor(tune.Trainable):
@@ -123,11 +129,12 @@ class _Actor(tune.Trainable):
         self._slot.close()
 
 
-def _trial_name(trial: Any) -> str:
+def trial_name(trial: Any) -> str:
+    """Return how Tune calls a trial: by our id."""
     return trial.config["trial_id"]
 
 
-class _StopWhenAsked(tune.Stopper):
+class StopWhenAsked(tune.Stopper):
     """Ends the whole Tuner once a stop is asked for and no trial is at work any more, or the time of grace is over."""
 
     def __init__(self, job: Job) -> None:  # plain values: Tune pickles it
@@ -136,9 +143,11 @@ class _StopWhenAsked(tune.Stopper):
         self._deadline: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002 - Tune's signature
+        """Stop no single trial."""
         return False
 
     def stop_all(self) -> bool:
+        """Tell whether everything has stopped as asked, or has had its time."""
         if not self._stop_file.exists():
             return False
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
