@@ -10,6 +10,8 @@ from pathlib import Path
 
 from workbench import provenance
 from workbench.records import StudyResults, Verdict
+from workbench.search import outcomes
+from workbench.study import Search
 from workbench.user_code import FLAG
 
 DEFAULT_RUNS = "runs"
@@ -43,9 +45,7 @@ def next_run(results: StudyResults) -> tuple[str, str] | None:
     if states["running"]:
         return None
     if study.search is not None:
-        from workbench.search_report import next_step  # which takes its lines from here
-
-        return next_step(results)
+        return _next_of_search(results, study.search)
     if states["failed"]:
         return "Trials failed. Read their errors; this line then tries them once more:", command(results)
     if states["interrupted"]:
@@ -58,6 +58,15 @@ def next_run(results: StudyResults) -> tuple[str, str] | None:
     if any(wants_seeds(results, verdict) for verdict in results.verdicts):
         return "Claims are undecided. This line goes on, look by look:", command(results, "--until-decided")
     return None
+
+
+def _next_of_search(results: StudyResults, search: Search) -> tuple[str, str]:
+    if any(outcome.over < search.configurations for outcome in outcomes(results).values()):
+        return "The search is not complete. This line goes on:", command(results)
+    study = results.plan.study
+    file = f"{study.path.parent}/tuned/{study.name}.{study.profile}.yaml"
+    line = command(results, "--format", "tuned", "--out", file, verb="report")
+    return "The best settings go into a file that a study names under tuned:", line
 
 
 def wants_seeds(results: StudyResults, verdict: Verdict) -> bool:

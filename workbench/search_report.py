@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-from workbench import commands
 from workbench.labels import METRICS, POINTS
 from workbench.records import StudyResults
 from workbench.report_contents import Contents, Table
@@ -126,15 +125,3 @@ def _short(value: Any) -> str:
 
 def _points(score: float | None) -> str:
     return "-" if score is None else f"{POINTS * score:.1f}"
-
-
-def next_step(results: StudyResults) -> tuple[str, str]:
-    """Return what is to be done with a search, and the line that does it; nothing of it runs."""
-    search = results.plan.study.search
-    assert search is not None  # the caller has looked
-    if any(outcome.over < search.configurations for outcome in outcomes(results).values()):
-        return "The search is not complete. This line goes on:", commands.command(results)
-    study = results.plan.study
-    file = f"{study.path.parent}/tuned/{study.name}.{study.profile}.yaml"
-    line = commands.command(results, "--format", "tuned", "--out", file, verb="report")
-    return "The best settings go into a file that a study names under tuned:", line

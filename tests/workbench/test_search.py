@@ -11,11 +11,11 @@ from toys import Poison, executed
 
 from dashboard import load
 from workbench import attempts, durable, forecast, report, status, suggestions
+from workbench.commands import next_run
 from workbench.errors import StoreError, WorkbenchError
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
 from workbench.search import at_border, outcomes
-from workbench.search_report import next_step
 from workbench.searching import Searching
 from workbench.store import Store
 from workbench.study import Dimension, Search
@@ -167,7 +167,7 @@ def test_pages_and_reports_show_a_search(plan, run, tmp_path):
     before = store.results_for(searched)
     assert "0 of plain, 0 of sharp" in forecast.as_text(forecast.describe(before))
     assert "Not complete: 0 of 4" in report.render(before, format="text")
-    assert next_step(before)[0] == "The search is not complete. This line goes on:"
+    assert next_run(before)[0] == "The search is not complete. This line goes on:"
     code, said, _ = run(searched)
     assert code == 0
     assert "sharp 3: AP" in said
