@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from core.model import kernel
-from workbench import commands, disk, durable, gate, hook, report
-from workbench.attempts import Attempt, end_for_dead
+from workbench import attempts, commands, disk, durable, gate, hook, report
 from workbench.budget import Budget, watching
 from workbench.contacts import refuse_credentials
 from workbench.costs import machine_of
@@ -266,6 +265,7 @@ class Run:
     def _execute(self, trials: tuple[PlannedTrial, ...]) -> bool:
         """Run trials as far as they go; return whether there is sense in looking for more to run."""
         self.tried.update(trial.trial_id for trial in trials)
+        begun = self._begun(trials)
         job = Job(
             specs=tuple(self.plan.specs[trial.trial_id] for trial in trials),
             runs=self.store.root,
@@ -293,7 +293,7 @@ class Run:
         if len(trials) > 1 and canary_says(self.store, trials[0].trial_id, self.driver, retries=retries) == "stop":
             self.say("The first trial could not take a single step, so the others were not begun.")
             return False
-        if not any(self._own(trial) for trial in trials) and not self._elsewhere(trials):
+        if self._begun(trials) == begun and not self._elsewhere(trials):
             self.say(f"No trial could be started; what was printed: {self.ref.path / 'ray'}")
             return False
         return True
@@ -315,7 +315,7 @@ class Run:
                 step=self.store.record(trial.trial_id).step,
                 trace="",
             )
-            end_for_dead(folder, last, outcome="failed", failure="worker_lost")
+            attempts.end_for_dead(folder, last, outcome="failed", failure="worker_lost")
 
     def _stop_for_disk(self, line: str) -> None:
         self.stop.stop()
@@ -331,7 +331,10 @@ class Run:
             and not any(attempt.outcome == "failed" for attempt in self._own(trial)[-1:])
         )
 
-    def _own(self, trial: PlannedTrial) -> list[Attempt]:
+    def _begun(self, trials: tuple[PlannedTrial, ...]) -> int:
+        return sum(len(attempts.read(self.store.trial_dir(trial.trial_id))) for trial in trials)
+
+    def _own(self, trial: PlannedTrial) -> list[attempts.Attempt]:
         return own_attempts(self.store, trial.trial_id, self.driver)
 
     def _elsewhere(self, trials: tuple[PlannedTrial, ...]) -> bool:

@@ -1,12 +1,15 @@
 """What is said of a cluster before trials: who cannot run any and why, and what differs. Ray itself: tests/faults."""
 
 import os
+import signal
+from unittest import mock
 
 import pytest
 
 from core import numerics
 from workbench import provenance
 from workbench.errors import WorkbenchError
+from workbench.execution import StopNow
 from workbench.placement import Demand, Machine
 from workbench.ray_executor import cluster, probe
 
@@ -23,6 +26,16 @@ def answer(**changed):
         "clock": (0.01, 0.02),
         **changed,
     }
+
+
+def test_a_signal_while_ray_starts_keeps_its_exit_code(monkeypatch):
+    """Ray takes SIGTERM before anything else, and answers it with `sys.exit(15)`: that is a stop, and no error."""
+    monkeypatch.setattr(cluster, "listen_to_others", mock.Mock())
+    monkeypatch.setattr(cluster.ray, "init", mock.Mock(side_effect=SystemExit(signal.SIGTERM)))
+    for address in (None, "10.0.0.1:6379"):
+        with pytest.raises(StopNow) as raised:
+            cluster.join(address)
+        assert raised.value.signal == signal.SIGTERM
 
 
 def questions(folder, **changed):

@@ -6,6 +6,7 @@ A node that cannot is named with what to do, and nothing starts: a fleet of tria
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from core import numerics
 from core.config import pretrained_backbone
 from workbench import durable, provenance
 from workbench.errors import WorkbenchError
-from workbench.execution import Resources
+from workbench.execution import Resources, StopNow
 from workbench.placement import Demand, Machine, demand_of, places
 from workbench.plan import weights_file
 from workbench.ray_executor import probe
@@ -41,11 +42,19 @@ def join(address: str | None, *, cores: int | None = None) -> None:
 
     Raises:
         WorkbenchError: nobody answers there, or not to us.
+        StopNow: SIGTERM came meanwhile, which Ray has taken by then and would make an exit code of its own of.
     """
     listen_to_others(allowed=address is not None)
-    if address is None:
-        _start_here(cores)
-        return
+    try:
+        if address is None:
+            _start_here(cores)
+        else:
+            _join_there(address)
+    except SystemExit as exit_:
+        raise StopNow(signal.SIGTERM) from exit_
+
+
+def _join_there(address: str) -> None:
     if address.startswith("ray://"):
         raise WorkbenchError(
             f"--address {address}: Ray Client would tie the study to this connection; give the address of the cluster "
