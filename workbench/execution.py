@@ -52,14 +52,13 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals within the block; only a main thread can, and in others they keep their meaning."""
-        earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        self.install()
+        main = threading.current_thread() is threading.main_thread()
+        earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS} if main else {}
         try:
             yield
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in earlier.items():
-                    signal.signal(number, handler)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
             self.path.unlink(missing_ok=True)
 
     @contextmanager
@@ -70,12 +69,6 @@ class StopRequest:
             yield
         finally:
             self._gentle = False
-
-    def install(self) -> None:
-        """Take the signals, again where a library has taken them since."""
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._handle)
 
     def requested(self) -> bool:
         """Tell whether the driver is to stop."""

@@ -38,6 +38,15 @@ def test_a_signal_while_ray_starts_keeps_its_exit_code(monkeypatch):
         assert raised.value.signal == signal.SIGTERM
 
 
+def test_the_handler_of_sigterm_is_the_callers_again_once_ray_is_there(monkeypatch):
+    """Ray sets its own when it starts, and never gives it back."""
+    monkeypatch.setattr(cluster, "listen_to_others", mock.Mock())
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    before = signal.getsignal(signal.SIGTERM)
+    cluster.join(None)
+    assert signal.getsignal(signal.SIGTERM) == before != signal.SIG_IGN
+
+
 def questions(folder, **changed):
     """Return what this machine is asked about itself."""
     (folder / "token").write_text("a word")

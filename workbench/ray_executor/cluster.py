@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,16 +43,28 @@ def join(address: str | None, *, cores: int | None = None) -> None:
 
     Raises:
         WorkbenchError: nobody answers there, or not to us.
-        StopNow: SIGTERM came meanwhile, which Ray has taken by then and would make an exit code of its own of.
+        StopNow: SIGTERM came meanwhile.
     """
     listen_to_others(allowed=address is not None)
-    try:
+    with _sigterm_kept():
         if address is None:
             _start_here(cores)
         else:
             _join_there(address)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Let Ray, which takes SIGTERM first of all and answers with its own exit code or `abort`, have it no longer."""
+    earlier = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
     except SystemExit as exit_:
+        signal.alarm(0)  # by which Ray's native handler would abort the process three seconds later
         raise StopNow(signal.SIGTERM) from exit_
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, earlier)
 
 
 def _join_there(address: str) -> None:

@@ -49,7 +49,6 @@ def run_on_ray(job: Job) -> None:
     with output_to(folder / "ray.log"):
         join(job.address, cores=job.resources.cores)
         try:
-            job.stop.install()  # Ray has taken SIGTERM, and would abort
             if job.searching is None:
                 _fit(job, folder)
             else:
