@@ -7,7 +7,7 @@ import time
 from unittest import mock
 
 import pytest
-from drivers import steps_of, wait_for
+from drivers import start, steps_of, wait_for
 from toys import ToyTrainer, run_toy, toy_plan
 
 from workbench import attempts
@@ -40,6 +40,25 @@ def test_a_paused_study_waits_and_goes_on(tmp_path):
     assert seen["states"][0] in ("interrupted", "finished")
     assert seen["states"][-1] == "pending"
     assert "Paused, with no trial at work. To go on: python -m workbench resume" in err
+    assert all(sorted(steps) == list(range(1, 13)) for steps in steps_of(plan, store))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_paused_study(tmp_path, number):
+    """Whoever has freed the machine by a pause may also end the driver; the same command goes on."""
+    plan, store = toy_plan(tmp_path), Store(tmp_path / "runs")
+    with start(tmp_path, "--seconds", "0.1") as driver:
+        wait_for(lambda: sum(map(len, steps_of(plan, store))) >= 2)
+        steer(plan, store, "pause")
+        wait_for(lambda: not any(store.state(trial.trial_id) == "running" for trial in plan.trials))
+        time.sleep(1)  # the driver says that it waits
+        driver.send_signal(number)
+        _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 128 + number
+    assert "Paused, with no trial at work" in err
+    assert "To go on" in err
+    assert run_toy(plan, store, ToyTrainer())[0] == 0
     assert all(sorted(steps) == list(range(1, 13)) for steps in steps_of(plan, store))
 
 
