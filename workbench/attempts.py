@@ -128,6 +128,11 @@ def beat_file(folder: Path, number: int) -> Path:
     return folder / "attempts" / f"{number:04d}.beat"
 
 
+def wish_file(folder: Path, number: int) -> Path:
+    """Return where the worker of an attempt, a driver, is asked to stop or to pause: nobody else is meant."""
+    return folder / "attempts" / f"{number:04d}.wish"
+
+
 def last_sign(folder: Path, number: int) -> float:
     """When the worker last wrote something that we know of, in seconds since the epoch."""
     signs = [_path(folder, number), beat_file(folder, number), folder / "events.jsonl"]

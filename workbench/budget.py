@@ -7,10 +7,9 @@ end counts up to now while it runs, else up to the last sign of it.
 
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from workbench.estimate import Estimate, estimate, kept
 from workbench.execution import StopRequest
 from workbench.labels import duration
 from workbench.progress import share
+from workbench.repeating import repeating
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 
@@ -206,29 +206,15 @@ def _fitting(trials: tuple[PlannedTrial, ...], hours: Sequence[float], left: flo
     return trials[:count]
 
 
-@contextmanager
-def watching(checks: Sequence[Callable[[], str | None]], stop: StopRequest) -> Iterator[None]:
-    """Ask for a stop in good order as soon as one of the checks gives a reason, within the block."""
-    done = threading.Event()
+def watching(checks: Sequence[Callable[[], str | None]], stop: StopRequest) -> AbstractContextManager[None]:
+    """Ask for a stop in good order as soon as one of the checks gives a reason, or cannot tell, within the block."""
 
-    def watch() -> None:
-        while not done.wait(WATCH_SECONDS):
-            reason = _first_reason(checks)
-            if reason is not None:
+    def look() -> None:
+        for check in checks:
+            if (reason := check()) is not None:
                 stop.limit(reason)
-                return
 
-    thread = threading.Thread(target=watch, name="limits", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    def cannot_tell(error: Exception) -> None:  # a limit that nobody watches any more would be none
+        stop.limit(f"the limits of this run cannot be watched ({type(error).__name__}: {error})")
 
-
-def _first_reason(checks: Sequence[Callable[[], str | None]]) -> str | None:
-    try:
-        return next((reason for check in checks if (reason := check()) is not None), None)
-    except Exception as error:  # noqa: BLE001 - a limit that nobody watches any more would be none
-        return f"the limits of this run cannot be watched ({type(error).__name__}: {error})"
+    return repeating(look, every=WATCH_SECONDS, name="limits", on_error=cannot_tell)

@@ -8,10 +8,9 @@ for a checkpoint (weights, two moments of the optimiser and averaged weights in 
 
 import errno
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from core.config import ExperimentConfig, SmallResNet
 from workbench.errors import StoreError, WorkbenchError
 from workbench.labels import size
 from workbench.records import TrialRecord
+from workbench.repeating import repeating
 from workbench.study import TrialSpec
 
 RESERVE_BYTES = 256 * 1000**2
@@ -166,18 +166,21 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-@contextmanager
-def watched(runs: Path, *, on_low: Callable[[str], None], also: Callable[[], None]) -> Iterator[None]:
+def watched(
+    runs: Path, *, on_low: Callable[[str], None], also: Callable[[], None], on_error: Callable[[Exception], None]
+) -> AbstractContextManager[None]:
     """Look at the free space now and then within the block; call `on_low` once, with a line that says what is low.
 
-    `also` is called as often: it may make room. Both are called in a thread of its own.
+    `also` is called as often: it may make room. `on_error` is told what could not be done. All of them are called in a
+    thread of its own.
     """
-    ended = threading.Event()
+    told = False
 
-    def watch() -> None:
-        told = False
-        while not ended.wait(WATCH_SECONDS):
+    def look() -> None:
+        nonlocal told
+        try:
             also()
+        finally:
             free = free_bytes(runs)
             if free < RESERVE_BYTES and not told:
                 told = True
@@ -186,13 +189,7 @@ def watched(runs: Path, *, on_low: Callable[[str], None], also: Callable[[], Non
                     "stopping. Make room, then give the same command again."
                 )
 
-    thread = threading.Thread(target=watch, name="disk", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return repeating(look, every=WATCH_SECONDS, name="disk", on_error=on_error)
 
 
 @contextmanager

@@ -92,7 +92,9 @@ def create_json(path: Path, payload: dict[str, Any]) -> bool:
         temporary.chmod(0o644)
         path.hardlink_to(temporary)
     except FileExistsError:
-        return False
+        if temporary.stat().st_nlink == 1:
+            return False
+        # On NFS this call may have made the link, and its answer been lost: the second try finds the file there.
     finally:
         temporary.unlink()
     sync_folder(path.parent)

@@ -28,7 +28,7 @@ Wish = Literal["stop", "pause"]
 
 
 class StopNow(KeyboardInterrupt):
-    """A second signal: the driver ends at once."""
+    """The driver ends at once."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -38,8 +38,8 @@ class StopNow(KeyboardInterrupt):
 class StopRequest:
     """A wish to stop or pause, passed on to the workers as a file: they finish their step, write a checkpoint and end.
 
-    It comes as Ctrl-C or SIGTERM, of which a second one ends the driver at once, from another shell (`ask`), or from
-    this driver itself (`stop`).
+    It comes as Ctrl-C or SIGTERM, from another shell (`ask`), or from this driver itself (`stop`). A second signal ends
+    the driver at once, and so does the first one where no trial is at work.
     """
 
     def __init__(self, path: Path, *, announce: Callable[[str], None]) -> None:
@@ -47,26 +47,28 @@ class StopRequest:
         self.signal: int | None = None  # that the exit code is to tell of
         self.reason: str | None = None  # of a stop that no signal asked for
         self._announce = announce
+        self._gentle = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals within the block; only a main thread can, and in others they keep their meaning."""
-        self.path.unlink(missing_ok=True)
-        earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        self.install()
+        main = threading.current_thread() is threading.main_thread()
+        earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS} if main else {}
         try:
             yield
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in earlier.items():
-                    signal.signal(number, handler)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
             self.path.unlink(missing_ok=True)
 
-    def install(self) -> None:
-        """Take the signals, again where a library has taken them since."""
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._handle)
+    @contextmanager
+    def gently(self) -> Iterator[None]:
+        """Let the first signal within the block be a wish; whoever enters it looks at `requested` all the time."""
+        self._gentle = True
+        try:
+            yield
+        finally:
+            self._gentle = False
 
     def requested(self) -> bool:
         """Tell whether the driver is to stop."""
@@ -78,25 +80,34 @@ class StopRequest:
         """Ask for a stop in good order because a limit of the run is reached; the first reason counts."""
         if not self.requested():
             self.reason = reason
-            ask(self.path, "stop")
+            self._pass_on()
             self._announce("Stopping: a limit of this run is reached; each trial writes a checkpoint.")
 
     def paused(self) -> bool:
         """Tell whether the driver is to wait, with no trial at work, until the wish is withdrawn."""
         return self.signal is None and self.reason is None and wish(self.path) == "pause"
 
+    def wanted(self) -> bool:
+        """Tell whether trials are to end, for a stop or a pause."""
+        return self.requested() or self.paused()
+
     def stop(self) -> None:
         """Stop in good order, as SIGTERM does."""
         self.signal = self.signal or signal.SIGTERM
-        ask(self.path, "stop")
+        self._pass_on()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None or not self._gentle:
             raise StopNow(number)
         self.signal = number
-        ask(self.path, "stop")
+        self._pass_on()
         with suppress(OSError):  # the terminal may be what went away
             self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
+
+    def _pass_on(self) -> None:
+        """Tell the workers. On a disk that takes no file they end with the driver, without a last checkpoint."""
+        with suppress(OSError):
+            ask(self.path, "stop")
 
 
 def ask(path: Path, wanted: Wish | None) -> None:
@@ -192,11 +203,11 @@ def run_inline(job: Job) -> None:
         if spec.trial_id != first and canary_says(store, first, job.driver, retries=retries) == "stop":
             return
         again = True
-        while again and not job.stop.path.exists():
+        while again and not job.stop.wanted():
             execute(
                 spec,
                 job.runs,
-                should_stop=job.stop.path.exists,
+                should_stop=job.stop.wanted,
                 device=job.resources.device,
                 gpus=job.resources.demand.all_gpus,
                 driver=job.driver,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 FailureClass = Literal[
     "worker_lost",  # its process died without a word: killed, or its machine went away
     "io",  # a file or a disk answered with an error
-    "stalled",  # no step and no scored picture for longer than the study allows
+    "stalled",  # no step and no scored batch for longer than the study allows
     "out_of_memory",  # of the host or of a device
     "bad_config",  # the configuration, the data or the weights cannot be used
     "import_error",  # code cannot be imported where the trial runs
@@ -29,15 +29,13 @@ def classify(error: BaseException) -> FailureClass:
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"MemoryError", "OutOfMemoryError"}:  # torch's has no other base worth importing torch for
         return "out_of_memory"
-    if "WorkerLost" in names:
-        return "worker_lost"
     if "WorkerLost" in names:  # one of several processes of the trial
         return "worker_lost"
     if isinstance(error, SystemExit):
         return "exited"
     if isinstance(error, ImportError):
         return "import_error"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or isinstance(error.__cause__, OSError):  # also one that is told in our words
         return "io"
     return "bad_config" if names & {"WorkbenchError", "DataProblem", "WeightsProblem", "CustomProblem"} else "error"
 

@@ -18,6 +18,7 @@ class Hold:
 
     def __init__(self, folder: Path, attempt: attempts.Attempt) -> None:
         self._folder, self._attempt = folder, attempt
+        self.wish_file = attempts.wish_file(folder, attempt.number)
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         self._told: Callable[[], None] | None = None
         self._heart = Heart(attempts.beat_file(folder, attempt.number), on_beat=self._tell_of_loss)

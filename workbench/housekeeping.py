@@ -15,7 +15,7 @@ class Housekeeping:
     def __init__(self, store: Store, plan: Plan, *, say: Callable[[str], None]) -> None:
         self._store, self._plan, self._say = store, plan, say
         self._quota = plan.study.execution.quota_bytes
-        self._told_over = False
+        self._told_over = self._told_error = False
 
     def prepare(self, plan: Plan, outstanding: Sequence[PlannedTrial], *, at_once: int) -> None:
         """Say which finished trials must be trained again, and refuse to start what there is no room for.
@@ -43,7 +43,12 @@ class Housekeeping:
 
     def watching(self, on_low: Callable[[str], None]) -> AbstractContextManager[None]:
         """Keep the quota within the block, and call `on_low`, once and in another thread, when the disk fills."""
-        return disk.watched(self._store.root, on_low=on_low, also=self.keep_quota)
+        return disk.watched(self._store.root, on_low=on_low, also=self.keep_quota, on_error=self._tell_once)
+
+    def _tell_once(self, error: Exception) -> None:
+        if not self._told_error:
+            self._told_error = True
+            self._say(f"Warning: the disk cannot be watched ({type(error).__name__}: {error}); it is tried again")
 
     def keep_quota(self) -> None:
         """Make room where the quota is passed, and say what went."""

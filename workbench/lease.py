@@ -21,7 +21,7 @@ CLOCKS_DIFFER_SECONDS = 300.0
 
 _SIZE = 40  # bytes of a beat file, always: it is written in place, which needs no room on a full disk
 
-_seen: dict[Path, tuple[bytes, float]] = {}  # a beat file -> what it said, and since when by our clock
+_seen: dict[Path, tuple[bytes, float, float]] = {}  # a beat file -> what it said, for how long, when we last looked
 
 
 class Heart:
@@ -41,10 +41,10 @@ class Heart:
             path: the beat file.
             stall_seconds: without a pulse, after which `on_stall` is called once, in the heart's thread.
             on_stall: what to do then.
-            on_beat: called before each beat, in the heart's thread.
+            on_beat: called before each beat, in the heart's thread; it may raise OSError.
         """
         self._path, self._stall_seconds, self._on_stall, self._on_beat = path, stall_seconds, on_stall, on_beat
-        self._beats, self._pulses, self._pulsed_at = 0, 0, time.monotonic()
+        self._beats, self._pulses = 0, 0
         self._ended = threading.Event()
         self._hurry = threading.Event()
         self._beat()
@@ -54,7 +54,6 @@ class Heart:
     def pulse(self) -> None:
         """Say that the work has gone a step further; the first time, the file says so at once."""
         self._pulses += 1
-        self._pulsed_at = time.monotonic()
         if self._pulses == 1:
             self._hurry.set()
 
@@ -65,15 +64,17 @@ class Heart:
         self._thread.join()
 
     def _loop(self) -> None:
+        seen, still, looked = 0, 0.0, time.monotonic()
         while not self._ended.is_set():
             self._hurry.wait(BEAT_SECONDS)
             self._hurry.clear()
             if self._ended.is_set():
                 return
-            if self._on_beat is not None:
-                self._on_beat()
             self._beat()
-            if self._stall_seconds is not None and time.monotonic() - self._pulsed_at > self._stall_seconds:
+            now = time.monotonic()
+            still = still + _awake(looked, now) if self._pulses == seen else 0.0
+            seen, looked = self._pulses, now
+            if self._stall_seconds is not None and still > self._stall_seconds:
                 self._stall_seconds = None
                 assert self._on_stall is not None  # given with the seconds
                 self._on_stall()
@@ -83,6 +84,8 @@ class Heart:
         content = f"{self._beats} {self._pulses}".ljust(_SIZE - 1) + "\n"
         # A file system that is away for a while must not end the work; silence is what others then see.
         with contextlib.suppress(OSError):
+            if self._on_beat is not None:
+                self._on_beat()
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.pwrite(handle, content.encode(), 0)
@@ -108,11 +111,18 @@ def _numbers(path: Path) -> tuple[int, int]:
 def silent_for(path: Path) -> float:
     """Return for how many seconds this process has seen no new beat, by its own clock; 0 at the first look."""
     content, now = _read(path), time.monotonic()
-    said, since = _seen.get(path, (None, now))
-    if said != content:
-        since = now
-    _seen[path] = content, since
-    return now - since
+    said, silence, looked = _seen.get(path, (None, 0.0, now))
+    silence = silence + _awake(looked, now) if said == content else 0.0
+    _seen[path] = content, silence, now
+    return silence
+
+
+def _awake(before: float, now: float) -> float:
+    """Return how much of the time between two looks counts: no more than two beats, since this process may have slept.
+
+    When it was suspended, as by Slurm or with its container, so were others, which will go on in a moment.
+    """
+    return min(now - before, 2 * BEAT_SECONDS)
 
 
 def expired(path: Path, *, last_sign: float) -> bool:

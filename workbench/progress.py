@@ -14,6 +14,7 @@ from core.metrics import Metrics
 from workbench.durable import StampedEvent
 from workbench.labels import POINTS
 from workbench.records import TrialRecord
+from workbench.repeating import repeating
 from workbench.store import Store
 from workbench.study import PlannedTrial
 
@@ -39,14 +40,10 @@ class Progress:
     @contextmanager
     def showing(self) -> Iterator[None]:
         """Update the display within the block, and once more at its end."""
-        done = threading.Event()
-        thread = threading.Thread(target=self._loop, args=(done,), name="progress", daemon=True)
-        thread.start()
         try:
-            yield
+            with repeating(self.update, every=REDRAW_SECONDS, name="progress", on_error=self._skip):
+                yield
         finally:
-            done.set()
-            thread.join()
             self.update(last=True)
 
     def say(self, line: str) -> None:
@@ -72,9 +69,8 @@ class Progress:
             self._stream.flush()
         self._before = records
 
-    def _loop(self, done: threading.Event) -> None:
-        while not done.wait(REDRAW_SECONDS):
-            self.update()
+    def _skip(self, error: Exception) -> None:
+        """Leave a drawing out: the next one, or the last, which raises, meets what stays wrong."""
 
     def _read(self) -> dict[str, TrialRecord]:
         for trial in self._trials:

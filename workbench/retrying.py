@@ -18,6 +18,12 @@ def own_attempts(store: Store, trial_id: str, driver: Process) -> list[attempts.
     return [attempt for attempt in attempts.read(store.trial_dir(trial_id)) if attempt.driver == driver]
 
 
+def at_work(store: Store, trial_id: str, driver: Process) -> bool:
+    """Tell whether a process that a driver has asked for works on a trial now."""
+    own = own_attempts(store, trial_id, driver)
+    return bool(own) and own[-1].running(store.trial_dir(trial_id))
+
+
 def given_up(store: Store, trial_id: str, driver: Process, *, retries: int) -> bool:
     """Tell whether a trial has failed under this driver and is not to be tried again."""
     own = own_attempts(store, trial_id, driver)

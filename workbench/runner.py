@@ -10,11 +10,11 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import TextIO
 
 from core.model import kernel
-from workbench import commands, disk, durable, gate, hook, report
-from workbench.attempts import Attempt, end_for_dead
+from workbench import attempts, commands, disk, durable, gate, hook, report
 from workbench.budget import Budget, watching
 from workbench.contacts import refuse_credentials
 from workbench.costs import machine_of
@@ -31,7 +31,7 @@ from workbench.retrying import canary_says, own_attempts
 from workbench.screen import failure_lines, kept, line_to
 from workbench.searching import Searching
 from workbench.spending import spent
-from workbench.store import STOP_FILE, Store
+from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 from workbench.trial import complete, write_error
 from workbench.user_code import refuse_code
@@ -69,23 +69,25 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
     with kept(err) as screen, store.lock(ref, wait=line_to(screen) if options.wait else None) as hold:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
-        run = _kind_of_run(plan)(plan, store, ref, mirror, options=options, err=screen)
+        run = _kind_of_run(plan)(plan, store, ref, mirror, wishes=hold.wish_file, options=options, err=screen)
         hold.on_loss(run.stop_superseded)
-        run.require_gate()
-        try:
-            with run.stop.listening(), disk.in_words(store.root):
-                code = run.looks()
-                if run.stop.signal is None:
-                    out.write(run.report())
-                    out.flush()
-                mirror.finish(limit=FLUSH_SECONDS if run.stop.signal is None else FLUSH_STOPPED_SECONDS)
-                if run.stop.signal is None:
-                    run.say_spending()
-        except Exception as error:
-            run.call_hook(getattr(error, "exit_code", 1))
-            raise
-        run.call_hook(code)
-        return run.say_end(code)
+        with run.stop.listening():
+            run.require_gate()
+            try:
+                with disk.in_words(store.root):
+                    code = run.looks()
+                    interrupted = code > LIMIT_REACHED
+                    if not interrupted:
+                        out.write(run.report())
+                        out.flush()
+                    mirror.finish(limit=FLUSH_STOPPED_SECONDS if interrupted else FLUSH_SECONDS)
+                    if not interrupted:
+                        run.say_spending()
+            except Exception as error:
+                run.call_hook(getattr(error, "exit_code", 1))
+                raise
+            run.call_hook(code)
+            return run.say_end(code)
 
 
 def _kind_of_run(plan: Plan) -> "type[Run]":
@@ -100,7 +102,7 @@ class Run:
     """One driver's work on one plan."""
 
     def __init__(
-        self, plan: Plan, store: Store, ref: StudyRef, mirror: Mirror, *, options: Options, err: TextIO
+        self, plan: Plan, store: Store, ref: StudyRef, mirror: Mirror, *, wishes: Path, options: Options, err: TextIO
     ) -> None:
         self.plan, self.store, self.ref, self.mirror = plan, store, ref, mirror
         self.options, self.err = options, err
@@ -108,7 +110,7 @@ class Run:
         self.began = time.monotonic()
         self.driver = Process.current(command=durable.now())
         self.tried: set[str] = set()  # trials that this driver has given to its executor
-        self.stop = StopRequest(ref.path / STOP_FILE, announce=self._announce_stop)
+        self.stop = StopRequest(wishes, announce=self._announce_stop)
         self.progress: Progress | None = None
         self.house = Housekeeping(store, plan, say=self._announce_stop)
         self.searching: Searching | None = None  # where configurations are suggested while trials run
@@ -242,7 +244,7 @@ class Run:
         checks = (self.budget.passed, gate.watch(self.budget, without_gate=self.options.without_gate, say=self.say))
         expected = self.budget.look(number, budget_seconds=self.budget_seconds)
         room = self.house.watching(self._stop_for_disk)
-        with expected, self.progress.showing(), watching(checks, self.stop), room:
+        with expected, self.progress.showing(), watching(checks, self.stop), room, self.stop.gently():
             while not self.stop.requested():
                 if self.stop.paused():
                     self._wait_out_pause()
@@ -263,6 +265,7 @@ class Run:
     def _execute(self, trials: tuple[PlannedTrial, ...]) -> bool:
         """Run trials as far as they go; return whether there is sense in looking for more to run."""
         self.tried.update(trial.trial_id for trial in trials)
+        begun = self._begun(trials)
         job = Job(
             specs=tuple(self.plan.specs[trial.trial_id] for trial in trials),
             runs=self.store.root,
@@ -290,7 +293,7 @@ class Run:
         if len(trials) > 1 and canary_says(self.store, trials[0].trial_id, self.driver, retries=retries) == "stop":
             self.say("The first trial could not take a single step, so the others were not begun.")
             return False
-        if not any(self._own(trial) for trial in trials) and not self._elsewhere(trials):
+        if self._begun(trials) == begun and not self._elsewhere(trials):
             self.say(f"No trial could be started; what was printed: {self.ref.path / 'ray'}")
             return False
         return True
@@ -312,11 +315,11 @@ class Run:
                 step=self.store.record(trial.trial_id).step,
                 trace="",
             )
-            end_for_dead(folder, last, outcome="failed", failure="worker_lost")
+            attempts.end_for_dead(folder, last, outcome="failed", failure="worker_lost")
 
     def _stop_for_disk(self, line: str) -> None:
-        self._announce_stop(line)
         self.stop.stop()
+        self._announce_stop(line)
 
     def _candidates(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
         """Return the trials to run now, in order. What has failed under this driver is not run again by it."""
@@ -328,7 +331,10 @@ class Run:
             and not any(attempt.outcome == "failed" for attempt in self._own(trial)[-1:])
         )
 
-    def _own(self, trial: PlannedTrial) -> list[Attempt]:
+    def _begun(self, trials: tuple[PlannedTrial, ...]) -> int:
+        return sum(len(attempts.read(self.store.trial_dir(trial.trial_id))) for trial in trials)
+
+    def _own(self, trial: PlannedTrial) -> list[attempts.Attempt]:
         return own_attempts(self.store, trial.trial_id, self.driver)
 
     def _elsewhere(self, trials: tuple[PlannedTrial, ...]) -> bool:
@@ -352,8 +358,8 @@ class Run:
 
     def stop_superseded(self) -> None:
         """Stop, since another driver has taken the study over."""
-        self._announce_stop("Another driver has taken this study over, as when this machine had been asleep: stopping.")
         self.stop.stop()
+        self._announce_stop("Another driver has taken this study over, as when this machine had been asleep: stopping.")
 
     def _announce_stop(self, line: str) -> None:
         (self.progress.say if self.progress else self.say)(line)

@@ -73,11 +73,13 @@ class SearchRun(Run):
         trials = tuple(trial for trial in self.plan.trials if not self._over(trial))
         self._say_start(1, trials)
         self.mirror.start()
-        with watching((self.budget.passed,), self.stop), self.house.watching(self._stop_for_disk):
+        room = self.house.watching(self._stop_for_disk)
+        with watching((self.budget.passed,), self.stop), room, self.stop.gently():
             self._execute(trials)
             while self.stop.paused():
                 self._wait_out_pause()
-                self._execute(trials)
+                if not self.stop.requested():
+                    self._execute(trials)
         self.tried.update(item.trial_id for item in self.found.configurations)
         if not self.stop.requested() and not any(item.epochs or item.over for item in self.found.tried()):
             self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")

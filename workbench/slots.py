@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,8 +141,10 @@ class Slot:
         tried = attempts.read(folder)
         if not tried or tried[-1].outcome is not None or tried[-1].driver != self._task.driver:
             return
-        if lease.silent_for(attempts.beat_file(folder, tried[-1].number)) > lease.EXPIRY_SECONDS:
-            os.kill(tried[-1].worker.pid, signal.SIGKILL)
+        worker, silence = tried[-1].worker, lease.silent_for(attempts.beat_file(folder, tried[-1].number))
+        if silence > lease.EXPIRY_SECONDS and worker.alive():  # here: another machine's number may be anybody's
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
 
     # After
 

@@ -29,9 +29,6 @@ from workbench.study import Plan
 if TYPE_CHECKING:
     import pandas as pd
 
-STOP_FILE = "stop"
-"""Beside a plan: what its driver is asked for, see `workbench.execution`."""
-
 _SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -132,12 +132,6 @@ class _Work:
         self._cpu_began = _cpu_seconds()
         self._step = 0
         self._next_look = 0.0
-        # Now, since the working tree may change while this process goes on with the code that it has loaded.
-        training = self.spec.config.training
-        self._provenance = provenance.collect(
-            threads=training.threads, device=self.device, precision=training.precision
-        )
-        self._provenance |= self.placement
 
     @contextmanager
     def beating(self, stall_seconds: float | None) -> Iterator[None]:
@@ -152,24 +146,31 @@ class _Work:
 
     def run(self, trainer: Trainer) -> attempts.Outcome | Literal["busy"]:
         """Train and score; record the end whatever it is."""
-        self._prepare_files()
-        events = durable.EventWriter(self.folder / "events.jsonl", attempt=self.attempt.number)
         failure: FailureClass | None = None
         try:
-            with given_as_text(self.spec.code, folder=self.folder / "code"):
+            self._prepare_files()
+            writer = durable.EventWriter(self.folder / "events.jsonl", attempt=self.attempt.number)
+            with closing(writer) as events, given_as_text(self.spec.code, folder=self.folder / "code"):
                 outcome = self._train_and_score(trainer, events)
-        except _Superseded:
-            return "busy"
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a trial raises is an outcome, on record
+            if self._superseded():
+                return "busy"
             outcome, failure = "failed", classify(error)
             trace = "".join(traceback.format_exception(error))
             self._record_error(failure, type(error).__name__, str(error) or type(error).__name__, trace)
-        finally:
-            events.close()
+        except KeyboardInterrupt:  # of a second Ctrl-C inline, by which the process may live on, as in a notebook
+            self._end("interrupted")
+            raise
         self._end(outcome, failure)
         return outcome
 
     def _prepare_files(self) -> None:
+        # Now, since the working tree may change while this process goes on with the code that it has loaded.
+        training = self.spec.config.training
+        self._provenance = provenance.collect(
+            threads=training.threads, device=self.device, precision=training.precision
+        )
+        self._provenance |= self.placement
         trial_files.set_aside_damaged(self.folder)
         self._saved = [item.event for item in self.store.events(self.spec.trial_id)]
         self._rename_earlier("error.json")
@@ -288,7 +289,7 @@ class _Work:
             trace=trace[-4000:],
         )
 
-    def _end(self, outcome: attempts.Outcome, failure: FailureClass | None) -> None:
+    def _end(self, outcome: attempts.Outcome, failure: FailureClass | None = None) -> None:
         seconds, cpu_seconds = self._spent()
         attempts.end(
             self.folder, self.attempt, outcome=outcome, seconds=seconds, cpu_seconds=cpu_seconds, failure=failure
@@ -296,19 +297,25 @@ class _Work:
 
     def _end_stalled(self) -> None:  # in the heart's thread
         """Record where the work hangs and end the process, which nothing else could."""
-        if not attempts.superseded(self.folder, self.attempt):
-            frame = sys._current_frames().get(self._main_thread)
-            trace = "".join(traceback.format_stack(frame)) if frame else ""
-            message = "no step and no scored picture for longer than execution.stall_after allows; where it hangs is in"
-            self._record_error("stalled", "Stalled", f"{message} {self.folder / 'error.json'}", trace)
-            self._end("failed", "stalled")
-        os._exit(_STALLED)
+        try:
+            if not self._superseded():
+                frame = sys._current_frames().get(self._main_thread)
+                trace = "".join(traceback.format_stack(frame)) if frame else ""
+                where = f"where it hangs is in {self.folder / 'error.json'}"
+                message = f"no step and no scored batch for longer than execution.stall_after allows; {where}"
+                self._record_error("stalled", "Stalled", message, trace)
+                self._end("failed", "stalled")
+        finally:
+            os._exit(_STALLED)
 
     def _spent(self) -> tuple[float, float]:
         return time.monotonic() - self._began, _cpu_seconds() - self._cpu_began
 
+    def _superseded(self) -> bool:
+        return attempts.superseded(self.folder, self.attempt)
+
     def _check_owner(self) -> None:
-        if attempts.superseded(self.folder, self.attempt):
+        if self._superseded():
             raise _Superseded
 
     def _stop(self) -> bool:

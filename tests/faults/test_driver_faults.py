@@ -33,7 +33,7 @@ def _signalled(number: int, *, twice: bool = False):
             wait_for(lambda: _executed(plan, store) >= 2)
             driver.send_signal(number if protected else signal.SIGKILL)
             if twice and protected:
-                wait_for(lambda: list(store.root.glob("studies/*/*/*/stop")))
+                wait_for(lambda: list(store.root.glob("studies/*/*/*/attempts/*.wish")))
                 driver.send_signal(number)
             began = time.monotonic()
             _, err = driver.communicate(timeout=60)

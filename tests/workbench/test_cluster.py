@@ -1,12 +1,15 @@
 """What is said of a cluster before trials: who cannot run any and why, and what differs. Ray itself: tests/faults."""
 
 import os
+import signal
+from unittest import mock
 
 import pytest
 
 from core import numerics
 from workbench import provenance
 from workbench.errors import WorkbenchError
+from workbench.execution import StopNow
 from workbench.placement import Demand, Machine
 from workbench.ray_executor import cluster, probe
 
@@ -23,6 +26,25 @@ def answer(**changed):
         "clock": (0.01, 0.02),
         **changed,
     }
+
+
+def test_a_signal_while_ray_starts_keeps_its_exit_code(monkeypatch):
+    """Ray takes SIGTERM before anything else, and answers it with `sys.exit(15)`: that is a stop, and no error."""
+    monkeypatch.setattr(cluster, "listen_to_others", mock.Mock())
+    monkeypatch.setattr(cluster.ray, "init", mock.Mock(side_effect=SystemExit(signal.SIGTERM)))
+    for address in (None, "10.0.0.1:6379"):
+        with pytest.raises(StopNow) as raised:
+            cluster.join(address)
+        assert raised.value.signal == signal.SIGTERM
+
+
+def test_the_handler_of_sigterm_is_the_callers_again_once_ray_is_there(monkeypatch):
+    """Ray sets its own when it starts, and never gives it back."""
+    monkeypatch.setattr(cluster, "listen_to_others", mock.Mock())
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    before = signal.getsignal(signal.SIGTERM)
+    cluster.join(None)
+    assert signal.getsignal(signal.SIGTERM) == before != signal.SIG_IGN
 
 
 def questions(folder, **changed):

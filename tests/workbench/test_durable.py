@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +178,21 @@ def test_only_one_of_many_creates_a_file(tmp_path):
         won = list(pool.map(lambda number: durable.create_json(path, {"number": number}), range(40)))
     assert sum(won) == 1
     assert durable.read_json(path) == {"format": 1, "number": won.index(True)}
+
+
+def test_a_link_whose_answer_was_lost_was_made(tmp_path, monkeypatch):
+    """NFS sends a request again when no answer comes, and then finds the file that the first one has made."""
+    link = Path.hardlink_to
+
+    def link_and_lose_the_answer(path, target):
+        link(path, target)
+        raise FileExistsError(path)
+
+    monkeypatch.setattr(Path, "hardlink_to", link_and_lose_the_answer)
+    assert durable.create_json(tmp_path / "claim.json", {"number": 1})
+    assert not durable.create_json(tmp_path / "claim.json", {"number": 2})  # here the link fails indeed
+    assert durable.read_json(tmp_path / "claim.json") == {"format": 1, "number": 1}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_events_are_read_as_they_come(tmp_path):

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from workbench import attempts
 from workbench.durable import EventReader
+from workbench.processes import Process
 from workbench.provenance import available_cores
 from workbench.store import Store
 
@@ -49,6 +51,21 @@ def wait_for(condition, process=None):
     if process is not None:
         process.kill()
     raise AssertionError(f"nothing happened in {PATIENCE} s")
+
+
+def test_a_stop_waits_for_this_drivers_trials_and_for_no_other(store, tmp_path):
+    """Those that another study trains at the moment go on, and are no reason to use up the time of grace."""
+    from workbench.ray_executor.tuner import StopWhenAsked
+
+    mine = Process.current(command="mine")
+    wish = tmp_path / "wish"
+    wish.touch()
+    for trial_id, driver, over in (("one", mine, False), ("two", Process.current(command="another's"), True)):
+        attempts.begin(store.trial_dir(trial_id), driver=driver)
+        job = SimpleNamespace(
+            stop=SimpleNamespace(path=wish), runs=store.root, driver=mine, specs=[SimpleNamespace(trial_id=trial_id)]
+        )
+        assert StopWhenAsked(job).stop_all() == over
 
 
 def running(runs, *, attempt):

@@ -11,12 +11,15 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
+from workbench import runner
 from workbench.durable import EventReader
 from workbench.errors import WorkbenchError
+from workbench.execution import run_inline
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
 from workbench.store import Store
@@ -134,6 +137,23 @@ def test_more_threads_than_cores_are_refused_before_anything_starts(toy_study, s
     with pytest.raises(Exception, match=r"a trial asks for 4096 cores.*this machine: \d+ cores"):
         run(plan, store)
     assert not (store.root / "trials").exists()
+
+
+def test_trials_that_somebody_else_has_just_computed_are_no_reason_to_give_up(toy_plan, store, toy_trainer):
+    """Another driver took the first one while this one began: what is left is still run, and nothing is wrong."""
+    given = []
+
+    def too_late(job):
+        if not given:
+            execute(job.specs[0], job.runs, should_stop=lambda: False, trainer=job.trainer)
+        else:
+            run_inline(job)
+        given.append(len(job.specs))
+
+    with mock.patch.object(runner, "run_inline", too_late):
+        code, _, err = run(toy_plan, store, trainer=toy_trainer())
+    assert (code, given) == (0, [4, 3])
+    assert "No trial could be started" not in err
 
 
 TWO_LOOKS = """\

@@ -9,8 +9,9 @@ import pytest
 from core.data.fingerprint import DataProblem
 from core.model.backbone import WeightsProblem
 from workbench import attempts
-from workbench.errors import DataError
+from workbench.errors import DataError, StoreError
 from workbench.processes import Process
+from workbench.ranks import WorkerLost
 from workbench.trial import execute
 
 
@@ -18,6 +19,12 @@ from workbench.trial import execute
 def spec(toy_plan):
     """Return the first trial of the toy study."""
     return next(iter(toy_plan.specs.values()))
+
+
+def _caused(error, cause):
+    """Return an error as `raise error from cause` leaves it."""
+    error.__cause__ = cause
+    return error
 
 
 def run(spec, store, trainer, *, should_stop=lambda: False, driver=None):
@@ -95,6 +102,8 @@ def test_only_the_missing_evaluation_is_done(spec, store, toy_trainer):
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "out_of_memory"),
         (DataError("no pictures"), "bad_config"),
         (DataProblem("a.jpg: could be read before"), "bad_config"),
+        (_caused(StoreError("spec.json: cannot be read"), OSError(5, "Input/output error")), "io"),
+        (WorkerLost("process 1 of the 2 was killed"), "worker_lost"),
         (WeightsProblem("w.pth: no such weights file"), "bad_config"),
         (SystemExit(0), "exited"),
     ],
@@ -131,8 +140,9 @@ def test_a_diverged_trial_is_an_outcome(spec, store, toy_trainer):
     assert again.calls == []
 
 
-def test_a_replaced_worker_stops_writing(spec, store, toy_trainer):
-    """A worker whose trial another process has taken over adds no event, result or error."""
+@pytest.mark.parametrize("raised", [None, OSError("Stale file handle")])
+def test_a_replaced_worker_stops_writing(spec, store, toy_trainer, raised):
+    """A worker whose trial another process has taken over adds no event, result or error, whatever it then meets."""
     folder = store.trial_dir(spec.trial_id)
 
     def take_over(step):
@@ -140,11 +150,39 @@ def test_a_replaced_worker_stops_writing(spec, store, toy_trainer):
             (mine,) = attempts.read(folder)
             attempts.end(folder, mine, outcome="interrupted", seconds=0.0, cpu_seconds=0.0)
             attempts.begin(folder, driver=None)
+            if raised:
+                raise raised
 
     assert run(spec, store, toy_trainer(before_step=take_over)) == "busy"
     assert max(item.event.step for item in store.events(spec.trial_id)) == 2
     assert store.record(spec.trial_id).state == "running"
     assert store.result(spec.trial_id) is None
+    assert not (folder / "error.json").exists()
+    assert attempts.read(folder)[0].outcome == "interrupted"
+
+
+def test_an_order_to_stop_at_once_leaves_no_trial_that_seems_to_run(spec, store, toy_trainer):
+    """A second Ctrl-C ends an inline trial, but not the process where that is a notebook's: the trial goes on later."""
+
+    def interrupt(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, store, toy_trainer(before_step=interrupt))
+    assert store.record(spec.trial_id).state == "interrupted"
+    assert run(spec, store, toy_trainer()) == "finished"
+
+
+def test_files_that_cannot_be_prepared_fail_the_trial_as_what_they_are(spec, store, toy_trainer):
+    """A record of a later version is a matter for the user, told in words and not tried again as a lost process."""
+    path = store.trial_dir(spec.trial_id) / "spec.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 99}')
+    assert run(spec, store, toy_trainer()) == "failed"
+    error = store.record(spec.trial_id).error
+    assert (error["class"], error["attempt"]) == ("bad_config", 1)
+    assert "format 99 was written by a later version" in error["message"]
 
 
 def test_a_worker_ends_when_its_driver_is_dead(spec, store, toy_trainer):

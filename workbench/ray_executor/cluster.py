@@ -6,6 +6,8 @@ A node that cannot is named with what to do, and nothing starts: a fleet of tria
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from core import numerics
 from core.config import pretrained_backbone
 from workbench import durable, provenance
 from workbench.errors import WorkbenchError
-from workbench.execution import Resources
+from workbench.execution import Resources, StopNow
 from workbench.placement import Demand, Machine, demand_of, places
 from workbench.plan import weights_file
 from workbench.ray_executor import probe
@@ -41,11 +43,31 @@ def join(address: str | None, *, cores: int | None = None) -> None:
 
     Raises:
         WorkbenchError: nobody answers there, or not to us.
+        StopNow: SIGTERM came meanwhile.
     """
     listen_to_others(allowed=address is not None)
-    if address is None:
-        _start_here(cores)
-        return
+    with _sigterm_kept():
+        if address is None:
+            _start_here(cores)
+        else:
+            _join_there(address)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Let Ray, which takes SIGTERM first of all and answers with its own exit code or `abort`, have it no longer."""
+    earlier = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as exit_:
+        signal.alarm(0)  # by which Ray's native handler would abort the process three seconds later
+        raise StopNow(signal.SIGTERM) from exit_
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, earlier)
+
+
+def _join_there(address: str) -> None:
     if address.startswith("ray://"):
         raise WorkbenchError(
             f"--address {address}: Ray Client would tie the study to this connection; give the address of the cluster "

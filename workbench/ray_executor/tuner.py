@@ -19,6 +19,7 @@ from workbench.ray_executor import several
 from workbench.ray_executor.cluster import join
 from workbench.ray_executor.orphans import end_with_raylet
 from workbench.ray_executor.output import output_to
+from workbench.retrying import at_work
 from workbench.slots import Slot, Task, task_for
 from workbench.store import Store
 from workbench.study import TrialSpec
@@ -49,7 +50,6 @@ def run_on_ray(job: Job) -> None:
     with output_to(folder / "ray.log"):
         join(job.address, cores=job.resources.cores)
         try:
-            job.stop.install()  # Ray has taken SIGTERM, and would abort
             if job.searching is None:
                 _fit(job, folder)
             else:
@@ -138,7 +138,7 @@ class StopWhenAsked(tune.Stopper):
     """Ends the whole Tuner once a stop is asked for and no trial is at work any more, or the time of grace is over."""
 
     def __init__(self, job: Job) -> None:  # plain values: Tune pickles it
-        self._stop_file, self._runs = job.stop.path, job.runs
+        self._stop_file, self._runs, self._driver = job.stop.path, job.runs, job.driver
         self._trial_ids = [spec.trial_id for spec in job.specs]
         self._deadline: float | None = None
 
@@ -152,5 +152,5 @@ class StopWhenAsked(tune.Stopper):
             return False
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
         store = Store(self._runs)
-        working = any(store.state(trial_id) == "running" for trial_id in self._trial_ids)
+        working = any(at_work(store, trial_id, self._driver) for trial_id in self._trial_ids)
         return not working or time.monotonic() > self._deadline
