@@ -168,23 +168,20 @@ def free_bytes(folder: Path) -> int:
 
 @contextmanager
 def watched(runs: Path, *, on_low: Callable[[str], None], also: Callable[[], None]) -> Iterator[None]:
-    """Look at the free space now and then within the block; call `on_low` once, with a line that says what is low.
+    """Look at the free space now and then within the block; call `on_low` once, with a line that says what is wrong.
 
-    `also` is called as often: it may make room. Both are called in a thread of its own.
+    `also` is called as often: it may make room, and what the file system refuses it counts as wrong, too. Both are
+    called in a thread of its own.
     """
     ended = threading.Event()
 
     def watch() -> None:
         told = False
         while not ended.wait(WATCH_SECONDS):
-            also()
-            free = free_bytes(runs)
-            if free < RESERVE_BYTES and not told:
+            problem = _problem(runs, also)
+            if problem is not None and not told:
                 told = True
-                on_low(
-                    f"{runs}: {size(free)} are free, less than the {size(RESERVE_BYTES)} that are to stay free: "
-                    "stopping. Make room, then give the same command again."
-                )
+                on_low(f"{problem}, then give the same command again.")
 
     thread = threading.Thread(target=watch, name="disk", daemon=True)
     thread.start()
@@ -195,12 +192,24 @@ def watched(runs: Path, *, on_low: Callable[[str], None], also: Callable[[], Non
         thread.join()
 
 
+def _problem(runs: Path, also: Callable[[], None]) -> str | None:
+    try:
+        also()
+        free = free_bytes(runs)
+    except OSError as error:
+        return f"{error.filename or runs}: {(error.strerror or str(error)).lower()}: stopping. Mend that"
+    if free >= RESERVE_BYTES:
+        return None
+    needed = f"less than the {size(RESERVE_BYTES)} that are to stay free"
+    return f"{runs}: {size(free)} are free, {needed}: stopping. Make room"
+
+
 @contextmanager
-def in_words(runs: Path) -> Iterator[None]:
+def in_words(runs: Path, *, exit_code: int = StoreError.exit_code) -> Iterator[None]:
     """Say in one line what the file system refused within the block, instead of a traceback.
 
     Raises:
-        StoreError: instead of the system's error.
+        StoreError: instead of the system's error, with that exit code.
     """
     try:
         yield
@@ -209,10 +218,12 @@ def in_words(runs: Path) -> Iterator[None]:
         if not full and not str(error.filename or "").startswith(str(runs)):
             raise
         remedy = "make room (docs/records.md tells of the quota)" if full else "mend that"
-        raise StoreError(
+        told = StoreError(
             f"{error.filename or runs}: {(error.strerror or '').lower()}. What is on record is whole; {remedy}, then "
             "give the same command again"
-        ) from error
+        )
+        told.exit_code = exit_code
+        raise told from error
 
 
 def patiently(write: Callable[[], None]) -> None:

@@ -78,7 +78,7 @@ class StopRequest:
         """Ask for a stop in good order because a limit of the run is reached; the first reason counts."""
         if not self.requested():
             self.reason = reason
-            ask(self.path, "stop")
+            self._tell_trials()
             self._announce("Stopping: a limit of this run is reached; each trial writes a checkpoint.")
 
     def paused(self) -> bool:
@@ -88,13 +88,17 @@ class StopRequest:
     def stop(self) -> None:
         """Stop in good order, as SIGTERM does."""
         self.signal = self.signal or signal.SIGTERM
-        ask(self.path, "stop")
+        self._tell_trials()
+
+    def _tell_trials(self) -> None:
+        with suppress(OSError):  # as on a full disk, where the next that a trial writes ends it as well
+            ask(self.path, "stop")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
             raise StopNow(number)
         self.signal = number
-        ask(self.path, "stop")
+        self._tell_trials()
         with suppress(OSError):  # the terminal may be what went away
             self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
 

@@ -66,14 +66,15 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
     with disk.in_words(store.root):
         ref = store.register(plan, source=source)
-    with kept(err) as screen, store.lock(ref, wait=line_to(screen) if options.wait else None) as hold:
+    waiting = line_to(err) if options.wait else None
+    with disk.in_words(store.root, exit_code=1), kept(err) as screen, store.lock(ref, wait=waiting) as hold:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
         run = _kind_of_run(plan)(plan, store, ref, mirror, options=options, err=screen)
         hold.on_loss(run.stop_superseded)
         run.require_gate()
         try:
-            with run.stop.listening(), disk.in_words(store.root):
+            with run.stop.listening():
                 code = run.looks()
                 if run.stop.signal is None:
                     out.write(run.report())

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -152,11 +152,11 @@ class _Work:
 
     def run(self, trainer: Trainer) -> attempts.Outcome | Literal["busy"]:
         """Train and score; record the end whatever it is."""
-        self._prepare_files()
-        events = durable.EventWriter(self.folder / "events.jsonl", attempt=self.attempt.number)
         failure: FailureClass | None = None
         try:
-            with given_as_text(self.spec.code, folder=self.folder / "code"):
+            self._prepare_files()
+            writer = durable.EventWriter(self.folder / "events.jsonl", attempt=self.attempt.number)
+            with closing(writer) as events, given_as_text(self.spec.code, folder=self.folder / "code"):
                 outcome = self._train_and_score(trainer, events)
         except _Superseded:
             return "busy"
@@ -164,8 +164,6 @@ class _Work:
             outcome, failure = "failed", classify(error)
             trace = "".join(traceback.format_exception(error))
             self._record_error(failure, type(error).__name__, str(error) or type(error).__name__, trace)
-        finally:
-            events.close()
         self._end(outcome, failure)
         return outcome
 
