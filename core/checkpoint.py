@@ -24,10 +24,9 @@ from core.checkpoint_files import (
     is_intact,
     newest_first,
     path_of,
+    publish,
     remove,
     set_aside,
-    sha256,
-    write_sidecar,
 )
 from core.paths import is_dir, is_file
 
@@ -67,11 +66,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
             torch.save({"format": FORMAT, "step": step, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        digest = sha256(temporary)
-        temporary.replace(path)
-        write_sidecar(path, digest)
-    except BaseException:
+        publish(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from error  # torch hides what the file system said
         raise
     for old in sorted(folder.glob(PATTERN))[:-KEPT]:
         remove(old)

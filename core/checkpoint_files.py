@@ -76,15 +76,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_sidecar(path: Path, digest: str) -> None:
-    """Write the checksum of a checkpoint: whole or not at all, and durably, with the names in the folder."""
-    sidecar = sidecar_of(path)
-    temporary = sidecar.with_name(sidecar.name + ".tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(sidecar)
+def publish(draft: Path, path: Path) -> None:
+    """Give a checkpoint that is written and on disk its checksum and its name, durably, the checksum last.
+
+    Both files are there before the first is renamed, so a disk without room for the second leaves neither.
+    """
+    sidecar, digest = sidecar_of(path), sha256(draft)
+    sidecar_draft = sidecar.with_name(sidecar.name + ".tmp")
+    try:
+        with sidecar_draft.open("w", encoding="ascii") as file:
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sidecar_draft.replace(sidecar)
+    except BaseException:
+        sidecar_draft.unlink(missing_ok=True)
+        raise
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -125,12 +125,6 @@ def _entry(store: Store, ref: StudyRef) -> StudyEntry:
     return StudyEntry(key=f"{ref.study}/{ref.profile}/{ref.plan_hash[:8]}", ref=ref, results=results, problem=problem)
 
 
-def history(runs: Path, results: StudyResults) -> pd.DataFrame:
-    """Return the learning curves of every trial of a study, long form, as the store keeps them."""
-    with _ONE_READER:
-        return _store(runs.absolute()).history(results)
-
-
 _ONE_READER = Lock()  # a store goes on reading each events file where it stopped, and the pages of all users share it
 
 
@@ -220,7 +214,8 @@ def trials(runs: Path, results: StudyResults) -> pd.DataFrame:
 def _trial_row(store: Store, results: StudyResults, trial: PlannedTrial) -> dict[str, Any]:
     record = results.records[trial.trial_id]
     done, running = share(record), record.state == "running"
-    last = record.epochs[-1] if record.epochs else None
+    # Only of those that run does anybody want it to the second: the events of the others are many and are not read.
+    speed = last_speed(store.events(trial.trial_id)) if running else None
     return {
         "variant": trial.variant,
         "seed": trial.seed,
@@ -228,7 +223,7 @@ def _trial_row(store: Store, results: StudyResults, trial: PlannedTrial) -> dict
         "progress": done,
         "attempts": record.attempts,
         "best_ap": _points(best_ap(record)),
-        "pictures_per_s": last_speed(store.events(trial.trial_id)) or (last.pictures_per_s if last else None),
+        "pictures_per_s": speed or (record.epochs[-1].pictures_per_s if record.epochs else None),
         "seconds": record.seconds if record.attempts else None,
         "seconds_left": record.seconds * (1 - done) / done if running and done else None,
         "peak_memory_mib": max((epoch.peak_memory_bytes / 2**20 for epoch in record.epochs), default=None),

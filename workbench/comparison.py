@@ -62,18 +62,21 @@ def differences(results: StudyResults, metric: str, parameters: Parameters) -> t
 
 
 def curves(
-    results: StudyResults, records: pd.DataFrame, *, metric: str, parameters: Parameters, axis: Axis
+    results: StudyResults, *, metric: str, parameters: Parameters, axis: Axis
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the learning curves of a metric: mean with a 95 % t interval for each epoch, and the line of each seed.
 
-    `records` is the store's history. On the time axis an epoch stands at the mean training time of its seeds. Frames:
-    (variant, x, mean, low, high, n) and (variant, seed, x, value), in points; low and high NaN below two seeds.
+    On the time axis an epoch stands at the mean training time of its seeds. Frames: (variant, x, mean, low, high, n)
+    and (variant, seed, x, value), in points; low and high NaN below two seeds.
     """
-    cells = [(trial.trial_id, trial.variant, trial.seed) for trial in results.plan.trials]
-    wanted = records[(records["name"] == metric) & (records["parameters"] == parameters)]
-    lines = pd.DataFrame(cells, columns=["trial_id", "variant", "seed"]).merge(wanted, on="trial_id")
+    scored = [
+        (trial.variant, trial.seed, epoch.epoch, epoch.seconds, score * POINTS)
+        for trial in results.plan.trials
+        for epoch in results.records[trial.trial_id].epochs
+        if (score := getattr(epoch.metrics.get(parameters), metric, None)) is not None
+    ]
+    lines = pd.DataFrame(scored, columns=["variant", "seed", "epoch", "seconds", "value"])
     lines["x"] = lines["seconds" if axis == "training seconds" else "epoch"]
-    lines["value"] *= POINTS
     rows = []
     for (variant, _), epoch in lines.groupby(["variant", "epoch"]):
         values = list(epoch["value"])

@@ -169,35 +169,41 @@ def free_bytes(folder: Path) -> int:
 def watched(
     runs: Path, *, on_low: Callable[[str], None], also: Callable[[], None], on_error: Callable[[Exception], None]
 ) -> AbstractContextManager[None]:
-    """Look at the free space now and then within the block; call `on_low` once, with a line that says what is low.
+    """Look at the free space now and then within the block; call `on_low` once, with a line that says what is wrong.
 
-    `also` is called as often: it may make room. `on_error` is told what could not be done. All of them are called in a
-    thread of its own.
+    `also` is called as often: it may make room, and what the file system refuses it counts as wrong, too. `on_error` is
+    told of any other error. All of them are called in a thread of its own.
     """
     told = False
 
     def look() -> None:
         nonlocal told
-        try:
-            also()
-        finally:
-            free = free_bytes(runs)
-            if free < RESERVE_BYTES and not told:
-                told = True
-                on_low(
-                    f"{runs}: {size(free)} are free, less than the {size(RESERVE_BYTES)} that are to stay free: "
-                    "stopping. Make room, then give the same command again."
-                )
+        problem = _problem(runs, also)
+        if problem is not None and not told:
+            told = True
+            on_low(f"{problem}, then give the same command again.")
 
     return repeating(look, every=WATCH_SECONDS, name="disk", on_error=on_error)
 
 
+def _problem(runs: Path, also: Callable[[], None]) -> str | None:
+    try:
+        also()
+        free = free_bytes(runs)
+    except OSError as error:
+        return f"{error.filename or runs}: {(error.strerror or str(error)).lower()}: stopping. Mend that"
+    if free >= RESERVE_BYTES:
+        return None
+    needed = f"less than the {size(RESERVE_BYTES)} that are to stay free"
+    return f"{runs}: {size(free)} are free, {needed}: stopping. Make room"
+
+
 @contextmanager
-def in_words(runs: Path) -> Iterator[None]:
+def in_words(runs: Path, *, exit_code: int = StoreError.exit_code) -> Iterator[None]:
     """Say in one line what the file system refused within the block, instead of a traceback.
 
     Raises:
-        StoreError: instead of the system's error.
+        StoreError: instead of the system's error, with that exit code.
     """
     try:
         yield
@@ -206,10 +212,12 @@ def in_words(runs: Path) -> Iterator[None]:
         if not full and not str(error.filename or "").startswith(str(runs)):
             raise
         remedy = "make room (docs/records.md tells of the quota)" if full else "mend that"
-        raise StoreError(
+        told = StoreError(
             f"{error.filename or runs}: {(error.strerror or '').lower()}. What is on record is whole; {remedy}, then "
             "give the same command again"
-        ) from error
+        )
+        told.exit_code = exit_code
+        raise told from error
 
 
 def patiently(write: Callable[[], None]) -> None:

@@ -13,8 +13,8 @@ import re
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,44 +59,29 @@ def write_json(path: Path, payload: dict[str, Any], *, indent: int | None = 1) -
 
 def write_derived(path: Path, payload: dict[str, Any]) -> None:
     """Write a JSON object that can be made again: whole or not at all, but not durably, which takes milliseconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_bytes(_signed(payload, None))
-    temporary.replace(path)
+    with _draft(path) as draft:
+        draft.write_bytes(_signed(payload, None))
+        draft.replace(path)
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp keeps files private; a record is for everybody who may see the folder
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _draft(path) as draft:
+        write(draft)
+        draft.replace(path)
     sync_folder(path.parent)
 
 
 def create_json(path: Path, payload: dict[str, Any]) -> bool:
     """Create a JSON file whole, unless it exists; return whether this call created it. Safe between processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        _write_and_sync(temporary, _signed(payload, 1))
-        temporary.chmod(0o644)
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        if temporary.stat().st_nlink == 1:
-            return False
-        # On NFS this call may have made the link, and its answer been lost: the second try finds the file there.
-    finally:
-        temporary.unlink()
+    with _draft(path) as draft:
+        _write_and_sync(draft, _signed(payload, 1))
+        try:
+            path.hardlink_to(draft)
+        except FileExistsError:
+            if draft.stat().st_nlink == 1:
+                return False
+            # On NFS this call may have made the link, and its answer been lost: the second try finds the file there.
     sync_folder(path.parent)
     return True
 
@@ -118,11 +103,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(plain, dict) or type(plain.get("format")) is not int or plain["format"] < 1:
         return None
+    if plain.pop("sha256", None) is not None and not _holds(content):
+        return None
     if plain["format"] > FORMAT:
         raise StoreError(
             f"{path}: format {plain['format']} was written by a later version; this one reads {FORMAT}: upgrade it"
         )
-    return plain if plain.pop("sha256", None) is None or _holds(content) else None
+    return plain
 
 
 def damaged(path: Path) -> bool:
@@ -142,6 +129,19 @@ def set_aside(path: Path) -> Path:
     path.rename(free)
     sync_folder(path.parent)
     return free
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """Give an empty file beside `path`; what is still under its name when the block ends goes, as on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.fchmod(handle, 0o644)  # mkstemp keeps files private; a record is for everybody who may see the folder
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _signed(payload: dict[str, Any], indent: int | None) -> bytes:

@@ -78,10 +78,11 @@ def _may_go(folder: Path, spec: TrialSpec | None) -> bool:
 
 
 def _remove(folder: Path, part: str, size: int) -> None:
-    said = durable.read_json(folder / REMOVED) or {}
-    durable.write_json(folder / REMOVED, {**said, part: {"bytes": size, "at": durable.now(), "for": "quota"}})
     if part == "checkpoint":
         shutil.rmtree(folder / "checkpoints")
     else:
         for path in folder.glob("evaluations/*/predictions.parquet"):
             path.unlink()
+    # Only now, since a disk that is full has no room for it before.
+    said = durable.read_json(folder / REMOVED) or {}
+    durable.write_json(folder / REMOVED, {**said, part: {"bytes": size, "at": durable.now(), "for": "quota"}})

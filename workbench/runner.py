@@ -66,7 +66,8 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
     with disk.in_words(store.root):
         ref = store.register(plan, source=source)
-    with kept(err) as screen, store.lock(ref, wait=line_to(screen) if options.wait else None) as hold:
+    waiting = line_to(err) if options.wait else None
+    with disk.in_words(store.root, exit_code=1), kept(err) as screen, store.lock(ref, wait=waiting) as hold:
         uri = options.tracking_uri or plan.study.tracking_uri
         mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
         run = _kind_of_run(plan)(plan, store, ref, mirror, wishes=hold.wish_file, options=options, err=screen)
@@ -74,15 +75,14 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         with run.stop.listening():
             run.require_gate()
             try:
-                with disk.in_words(store.root):
-                    code = run.looks()
-                    interrupted = code > LIMIT_REACHED
-                    if not interrupted:
-                        out.write(run.report())
-                        out.flush()
-                    mirror.finish(limit=FLUSH_STOPPED_SECONDS if interrupted else FLUSH_SECONDS)
-                    if not interrupted:
-                        run.say_spending()
+                code = run.looks()
+                interrupted = code > LIMIT_REACHED
+                if not interrupted:
+                    out.write(run.report())
+                    out.flush()
+                mirror.finish(limit=FLUSH_STOPPED_SECONDS if interrupted else FLUSH_SECONDS)
+                if not interrupted:
+                    run.say_spending()
             except Exception as error:
                 run.call_hook(getattr(error, "exit_code", 1))
                 raise

@@ -1,4 +1,4 @@
-"""The names under which curves are known: in the dashboard's table and in MLflow."""
+"""The names under which MLflow knows the curves."""
 
 from core.events import EpochFinished, StepsTaken
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workbench import checks, durable, search, settled, siblings, trial_files
 from workbench.errors import StoreError
@@ -25,9 +25,6 @@ from workbench.plan import plan_from_json, plan_to_json
 from workbench.records import StudyRef, StudyResults, TrialRecord, TrialState, Verdict
 from workbench.siblings import RegisteredPlan
 from workbench.study import Plan
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _SETTLED_NS = 2_000_000_000  # files that changed later may change again with the same time of change
 
@@ -63,7 +60,7 @@ class Store:
 
     @property
     def index_dir(self) -> Path:
-        """Where histories are kept as parquet; everything in it can be rebuilt."""
+        """Where records of ended trials are kept; everything in it can be rebuilt."""
         return self.root / "index"
 
     @property
@@ -246,12 +243,6 @@ class Store:
         reader = self.reader(trial_id) if ended else self._readers.setdefault(trial_id, self.reader(trial_id))
         reader.poll()
         return reader.events
-
-    def history(self, results: StudyResults) -> "pd.DataFrame":
-        """Return the curves of a study's trials as a tidy table; see `workbench.index`."""
-        from workbench.index import history  # pandas takes half a second that status must not pay
-
-        return history(results, path=self.index_dir / f"{results.plan.plan_hash}.parquet", events=self.events)
 
 
 def _ref(folder: Path, registered_at: str) -> StudyRef:

@@ -52,8 +52,7 @@ def draw_curves(results: load.StudyResults, metric: str, weights: load.Parameter
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         axis: comparison.Axis = switch("Against", get_args(comparison.Axis), key="against", default="epoch")
         show_seeds = st.toggle("Show every seed", key="seeds", bind="query-params")
-    records = load.history(parts.runs_folder(), results)
-    bands, lines = comparison.curves(results, records, metric=metric, parameters=weights, axis=axis)
+    bands, lines = comparison.curves(results, metric=metric, parameters=weights, axis=axis)
     if bands.empty:
         st.info(f"No epoch has been scored with {weights} weights yet.", icon=":material/hourglass_empty:")
         return

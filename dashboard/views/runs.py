@@ -22,6 +22,8 @@ COLUMNS = {
     "mlflow": st.column_config.LinkColumn("MLflow", display_text="open"),
     "trial_id": "Trial",
 }
+MOST_FAILURES = 20  # told in full
+MOST_ROWS, HEIGHT_PX = 100, 1500  # a longer table scrolls
 
 
 def draw_mlflow(results: load.StudyResults) -> None:
@@ -44,18 +46,22 @@ def draw() -> bool:
     parts.progress_bar(progress)
     if progress.over < progress.planned:
         parts.next_step(results)
-    for failure in load.failures(folder, results):
+    failures = load.failures(folder, results)
+    for failure in failures[:MOST_FAILURES]:
         tell = st.error if failure.state == "failed" else st.warning
         tell(
             f"**{failure.trial} {failure.state}** in attempt {failure.attempts}: {failure.message}  \n"
             f"More in `{failure.folder}`.",
             icon=parts.STATES[failure.state],
         )
+    if len(failures) > MOST_FAILURES:
+        st.caption(f"And {len(failures) - MOST_FAILURES} more, of {len(failures)}; their states are in the table.")
+    trials = load.trials(folder, results)
     st.dataframe(
-        load.trials(folder, results),
+        trials,
         column_config=COLUMNS,
         hide_index=True,
-        height="content",
+        height="content" if len(trials) <= MOST_ROWS else HEIGHT_PX,
         placeholder="",
         key="trials",
     )

@@ -1,5 +1,8 @@
 """Checkpoints: what is durable, and what a damaged one costs."""
 
+import os
+import resource
+
 import pytest
 import torch
 
@@ -88,19 +91,35 @@ def test_a_second_one_set_aside_does_not_replace_the_first(tmp_path):
     }
 
 
-def test_a_save_that_fails_leaves_the_earlier_ones_and_no_part(tmp_path, monkeypatch):
-    """On a full disk the last checkpoint stays whole, and what had been written of the next is given back."""
+@pytest.mark.parametrize("writes", [1, 2], ids=["the archive", "its checksum"])
+def test_a_save_that_fails_leaves_the_earlier_ones_and_no_part(tmp_path, monkeypatch, writes):
+    """On a disk with room for a part only, the last checkpoint stays whole, and what was written of the next goes."""
     save_checkpoint(tmp_path, 1, _state(1))
+    synced, sync = [], os.fsync
 
-    def full(_state, file):
-        file.write(b"some of it")
-        raise OSError(28, "No space left on device")
+    def full(handle):
+        synced.append(handle)
+        if len(synced) == writes:
+            raise OSError(28, "No space left on device")
+        sync(handle)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 2, _state(2))
     assert load_newest(tmp_path)[0]["step"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"step_000000001.pt", "step_000000001.pt.sha256"}
+
+
+def test_what_the_file_system_says_is_told(tmp_path):
+    """An archive that meets a limit in its middle is an error of the file system, which torch would hide."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, 1, {"raw": {"weight": torch.zeros(10_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_one_is_kept_of_a_trial_that_ended(tmp_path):

@@ -72,13 +72,23 @@ def curve_frames():
     return bands, lines
 
 
-@pytest.mark.parametrize(("show_seeds", "thin"), [(True, 2), (False, 0)])
+@pytest.mark.parametrize(("show_seeds", "thin"), [(True, 1), (False, 0)])
 def test_curves_draw_seeds_when_asked(show_seeds, thin):
-    """Every seed is a thin line in the colour of its variant, and only when asked for."""
+    """Every seed is a thin line of its own in the colour of its variant, and only when asked for."""
     figure = charts.curves(
         *curve_frames(), x_title="epoch", y_title="AP, points", colours=COLOURS, show_seeds=show_seeds
     )
-    assert [trace.line.color for trace in figure.data if trace.line.width == 1] == ["#112233"] * thin
+    lines = [trace for trace in figure.data if trace.line.width == 1]
+    assert [trace.line.color for trace in lines] == ["#112233"] * thin
+    for line in lines:
+        assert list(zip(line.x, line.y, line.customdata, strict=True)) == [
+            (1.0, 9.0, [0]),
+            (2.0, 19.0, [0]),
+            (None, None, [0]),
+            (1.0, 11.0, [1]),
+            (2.0, 21.0, [1]),
+            (None, None, [1]),
+        ]
     means = {trace.name: tuple(trace.y) for trace in figure.data if trace.line.width == 2.5}
     assert means == {"base": (10.0, 20.0), "other": (15.0,)}
     assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("epoch", "AP, points")

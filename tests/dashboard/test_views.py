@@ -146,7 +146,7 @@ def test_compare_reads_its_selection_from_the_url(page, finished_runs):
     assert "no margin is declared for AP50" in texts(app)
     curves = app.get("plotly_chart")[1].proto.spec
     assert '"training seconds"' in curves
-    assert "seed 4" in curves
+    assert "seed %{customdata[0]}" in curves
 
 
 def test_compare_says_what_is_missing(page, finished_runs, running_runs):

@@ -22,7 +22,8 @@ from unittest import mock
 
 import numpy as np
 
-from core.events import CheckpointSaved, Diverged, EpochFinished, StepsTaken, TrainingStarted
+from core.checkpoint_files import PassedOver
+from core.events import CheckpointPassedOver, CheckpointSaved, Diverged, EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
 from workbench import attempts, execution, lease, runner, slots
 from workbench.execution import Job
@@ -115,11 +116,13 @@ class ToyTrainer:
     ) -> SimpleNamespace:
         """Hash from the checkpoint to the end."""
         checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint = checkpoints / "toy.json"
-        state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "weights": f"{seed}"}
+        passed: list[PassedOver] = []
+        state, checkpoint = self._load(checkpoints, passed.append) or ({"step": 0, "weights": f"{seed}"}, None)
         if self.forgetful:
             state["weights"] = f"{seed}"
         on_event(_started(state["step"], self.steps, self.every))
+        for one in passed:
+            on_event(CheckpointPassedOver(step=state["step"], path=one.name, reason=one.reason))
         with (checkpoints.parent / "steps.log").open("a") as log:
             while state["step"] < self.steps:
                 step = state["step"] + 1
@@ -133,18 +136,32 @@ class ToyTrainer:
                 on_event(_steps(step, self.every))
                 if step % self.every == 0:
                     on_event(_epoch(step, self.every))
-                    _write(checkpoint, state)
+                    checkpoint = self._save(checkpoints, state)
                     on_event(CheckpointSaved(step=step, path=checkpoint.name))
                 if should_stop() and step < self.steps:
-                    _write(checkpoint, state)
-                    return _result("interrupted", state, checkpoint)
+                    return _result("interrupted", state, self._save(checkpoints, state))
         return _result("finished", state, checkpoint)
 
     def evaluate(self, _config: Any, _evaluation: Any, *, checkpoint: Path, **_: Any) -> SimpleNamespace:
         """Give every checkpoint an AP of its weights."""
-        ap = int(json.loads(checkpoint.read_text())["weights"][:4], 16) / 0xFFFF
+        ap = int(self._weights(checkpoint)[:4], 16) / 0xFFFF
         predictions = {"image_id": np.arange(3), "score": np.array([0.9, 0.5, 0.1], dtype=np.float32)}
         return SimpleNamespace(metrics=_metrics(ap), predictions=predictions, seconds=0.0)
+
+    def _load(
+        self, checkpoints: Path, _on_passed_over: Callable[[PassedOver], None]
+    ) -> tuple[dict[str, Any], Path] | None:
+        path = checkpoints / "toy.json"
+        return (json.loads(path.read_text()), path) if path.exists() else None
+
+    def _save(self, checkpoints: Path, state: dict[str, Any]) -> Path:
+        path = checkpoints / "toy.json"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(state))
+        return draft.replace(path)
+
+    def _weights(self, checkpoint: Path) -> str:
+        return json.loads(checkpoint.read_text())["weights"]
 
     def _struck(self, step: int, seed: int) -> bool:
         for poison in self.poisons:
@@ -152,6 +169,27 @@ class ToyTrainer:
                 return True
             poison.strike(step, seed)
         return False
+
+
+class CheckpointToy(ToyTrainer):
+    """A toy whose checkpoints are the real ones: safe archives with checksums, two of them kept while it trains."""
+
+    def _load(
+        self, checkpoints: Path, on_passed_over: Callable[[PassedOver], None]
+    ) -> tuple[dict[str, Any], Path] | None:
+        from core import checkpoint  # torch takes seconds, which most toys need not
+
+        return checkpoint.load_newest(checkpoints, on_passed_over=on_passed_over)
+
+    def _save(self, checkpoints: Path, state: dict[str, Any]) -> Path:
+        from core import checkpoint
+
+        return checkpoint.save_checkpoint(checkpoints, state["step"], {"weights": state["weights"]})
+
+    def _weights(self, checkpoint: Path) -> str:
+        from core.checkpoint import load_checkpoint
+
+        return load_checkpoint(checkpoint)["weights"]
 
 
 def toy_plan(
@@ -167,12 +205,6 @@ def executed(folder: Path) -> list[int]:
     """Return the steps that were executed for a trial, in order, those executed again included."""
     path = folder / "steps.log"
     return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(state))
-    draft.replace(path)
 
 
 def _metrics(ap: float) -> Metrics:
@@ -218,7 +250,7 @@ def _epoch(step: int, every: int) -> EpochFinished:
     )
 
 
-def _result(outcome: str, state: dict[str, Any], checkpoint: Path) -> SimpleNamespace:
+def _result(outcome: str, state: dict[str, Any], checkpoint: Path | None) -> SimpleNamespace:
     return SimpleNamespace(
         outcome=outcome,
         reason="the loss is nan" if outcome == "diverged" else "",
@@ -226,7 +258,7 @@ def _result(outcome: str, state: dict[str, Any], checkpoint: Path) -> SimpleName
         seconds=1.0 * state["step"],
         weights_hash=state["weights"],
         peak_memory_bytes=1000,
-        checkpoint=checkpoint if checkpoint.exists() else None,
+        checkpoint=checkpoint,
         num_parameters=7,
     )
 

@@ -1,6 +1,5 @@
 """Tables of what differs between variants: the same numbers as the verdicts and the report."""
 
-import pandas as pd
 import pytest
 
 from workbench import comparison, report
@@ -8,18 +7,6 @@ from workbench.verdict import judge
 
 SCORES = {"base": [0.30, 0.32, 0.31], "better": [0.35, 0.36, 0.37], "unfinished": [0.30]}
 LOOKS = ((3, 0.05),)
-
-
-def records_of(results):
-    """Return the learning curves as the store's long table."""
-    rows = [
-        (trial_id, epoch.step, float(epoch.epoch), epoch.seconds, parameters, name, value)
-        for trial_id, record in results.records.items()
-        for epoch in record.epochs
-        for parameters, metrics in epoch.metrics.items()
-        for name, value in metrics.numbers().items()
-    ]
-    return pd.DataFrame(rows, columns=["trial_id", "step", "epoch", "seconds", "parameters", "name", "value"])
 
 
 def test_differences_equal_the_verdicts(fake_results):
@@ -75,7 +62,7 @@ def test_final_scores_are_the_report_s(fake_results):
 def test_curves_have_a_mean_an_interval_and_every_seed(fake_results):
     """Each epoch has the mean of the seeds that reached it; with one seed there is a line and no band."""
     results = fake_results(SCORES, looks=LOOKS, states={("base", 2): "running"})
-    bands, lines = comparison.curves(results, records_of(results), metric="ap", parameters="averaged", axis="epoch")
+    bands, lines = comparison.curves(results, metric="ap", parameters="averaged", axis="epoch")
     base = bands[bands["variant"] == "base"].set_index("x")
     assert list(base["n"]) == [3, 3, 2, 2]
     assert base.loc[4, "mean"] == pytest.approx(31.0)
@@ -89,9 +76,7 @@ def test_curves_have_a_mean_an_interval_and_every_seed(fake_results):
 def test_curves_against_training_time(fake_results):
     """On the time axis an epoch stands where its training ended."""
     results = fake_results(SCORES, looks=LOOKS)
-    bands, _ = comparison.curves(
-        results, records_of(results), metric="ap", parameters="averaged", axis="training seconds"
-    )
+    bands, _ = comparison.curves(results, metric="ap", parameters="averaged", axis="training seconds")
     assert list(bands[bands["variant"] == "base"]["x"]) == pytest.approx([20, 40, 60, 80])
 
 

@@ -10,6 +10,7 @@ from core.detector import build_detector
 from workbench import disk
 from workbench.disk import Size
 from workbench.errors import StoreError, WorkbenchError
+from workbench.execution import StopRequest
 from workbench.labels import size
 from workbench.trial import execute
 
@@ -90,12 +91,37 @@ def test_low_space_is_told_once(tmp_path, monkeypatch):
     assert "1.0 kB are free, less than the 256 MB that are to stay free: stopping" in told[0]
 
 
+def test_what_cannot_be_looked_after_stops_the_run_too(tmp_path, monkeypatch):
+    """When room cannot be made, as in somebody else's folder, that is told and the watch goes on."""
+    monkeypatch.setattr(disk, "WATCH_SECONDS", 0.01)
+    told, rounds, enough = [], [], threading.Event()
+
+    def also():
+        rounds.append(1)
+        if len(rounds) == 3:
+            enough.set()
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/trials/theirs")
+
+    with disk.watched(tmp_path, on_low=told.append, also=also):
+        assert enough.wait(timeout=10)
+    assert told == ["runs/trials/theirs: permission denied: stopping. Mend that, then give the same command again."]
+
+
+def test_a_stop_is_asked_for_though_nothing_can_be_written(tmp_path):
+    """Where the wish cannot be put down, the driver still knows of it: trials end with the next that they write."""
+    stop = StopRequest(tmp_path / "gone" / "stop", announce=lambda _: None)
+    stop.stop()
+    assert stop.requested()
+    assert not stop.path.exists()
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_told_in_words(tmp_path, number):
-    """A driver that cannot write says where and what to do."""
+    """A driver that cannot write says where and what to do, with the exit code of how far it had come."""
     told = r"plan.json: full. What is on record is whole; make room"
-    with pytest.raises(StoreError, match=told), disk.in_words(tmp_path):
+    with pytest.raises(StoreError, match=told) as raised, disk.in_words(tmp_path, exit_code=1):
         raise OSError(number, "Full", str(tmp_path / "plan.json"))
+    assert (raised.value.exit_code, StoreError.exit_code) == (1, 2)
 
 
 def test_other_errors_are_told_where_they_are_ours(tmp_path):

@@ -101,8 +101,8 @@ def assert_equal(origin, copy):
     assert same_folder == here
     assert render(same_folder, format="text") == render(here, format="text")
     assert render(same_folder, format="html") == render(here, format="html")
-    for frame in (load.history, lambda runs, results: load.trials(runs, results).drop(columns="mlflow")):
-        pd.testing.assert_frame_equal(frame(copy.root, there), frame(origin.root, here))
+    ours, theirs = (load.trials(store.root, of).drop(columns="mlflow") for store, of in ((origin, here), (copy, there)))
+    pd.testing.assert_frame_equal(ours, theirs)
     assert load.claim_cards(there) == load.claim_cards(here)
     assert load.progress(there) == load.progress(here)
     assert [replace(item, folder=None) for item in load.failures(copy.root, there)] == [

@@ -43,8 +43,10 @@ def test_the_dashboard_reads_it(runs):
     (entry,) = load.entries(runs)
     assert entry.problem is None
     assert entry.results is not None
-    curves = load.history(runs, entry.results)
-    assert set(curves["trial_id"]) == set(entry.results.plan.specs)
+    _, curves = load.comparison.curves(entry.results, metric="ap", parameters="raw", axis="epoch")
+    assert set(zip(curves["variant"], curves["seed"], strict=True)) == {
+        (trial.variant, trial.seed) for trial in entry.results.plan.trials
+    }
 
 
 def test_its_trials_go_on(runs, toy_trainer):

@@ -1,5 +1,6 @@
 """What a quota takes from finished trials, and what it never takes."""
 
+import errno
 import shutil
 
 import pytest
@@ -54,6 +55,20 @@ def test_the_oldest_checkpoint_goes_first_then_predictions(store, toy_plan, fini
         "predictions": 200,
     }
     assert retention.was_removed(finished[1])
+
+
+def test_room_is_made_on_a_full_disk(store, toy_plan, finished, monkeypatch):
+    """What goes is put on record when it has gone: before, a disk that is full has no room for the record."""
+    write = durable.write_json
+
+    def full(path, payload):
+        if (finished[0] / "checkpoints").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, payload)
+
+    monkeypatch.setattr(durable, "write_json", full)
+    assert _keep(store, toy_plan, 4599).trials == 1
+    assert retention.was_removed(finished[0])
 
 
 def test_results_and_unfinished_trials_lose_nothing(store, toy_plan, finished):

@@ -1,5 +1,6 @@
 """One trial from its spec to its result, whatever happens on the way."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 
 from core.data.fingerprint import DataProblem
 from core.model.backbone import WeightsProblem
-from workbench import attempts
+from workbench import attempts, durable
 from workbench.errors import DataError, StoreError
 from workbench.processes import Process
 from workbench.ranks import WorkerLost
@@ -127,6 +128,21 @@ def test_an_error_becomes_the_record(spec, store, toy_trainer, error, kind):
     assert run(spec, store, trainer) == "finished"
     assert trainer.calls[1] == "train from 2"
     assert store.record(spec.trial_id).error is None
+
+
+def test_what_fails_before_the_first_step_is_on_record_too(spec, store, toy_trainer, monkeypatch):
+    """A disk that is full when a trial begins is its failure, which may pass, and not a process that died."""
+    write = durable.write_json
+
+    def full(path, payload):
+        if path.name == "spec.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, payload)
+
+    monkeypatch.setattr(durable, "write_json", full)
+    assert run(spec, store, toy_trainer()) == "failed"
+    assert store.record(spec.trial_id).error["class"] == "io"
+    assert attempts.read(store.trial_dir(spec.trial_id))[-1].failure == "io"
 
 
 def test_a_diverged_trial_is_an_outcome(spec, store, toy_trainer):
