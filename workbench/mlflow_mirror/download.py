@@ -154,8 +154,8 @@ class Remote:
         except (MissingFile, ValueError, WorkbenchError):
             raise
         except Exception as error:
-            reason = tracking.without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
             what = "refuses" if answered(error) else "cannot be read"
+            reason = tracking.reason(error)
             raise WorkbenchError(f"--tracking-uri {self.tracking_uri}: MLflow {what} ({reason})") from error
 
 
