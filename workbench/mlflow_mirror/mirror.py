@@ -159,10 +159,11 @@ class Mirror:
             return
         self._warned = True
         reason = tracking.reason(error)
+        meanwhile = "" if self._everything else ", training goes on without it"
         libraries = type(error).__module__.startswith(("mlflow", "sqlalchemy", "requests"))
         if answered(error):
-            self._warn(f"MLflow has refused a part of the copy, training goes on ({reason})")
+            self._warn(f"MLflow has refused a part of the copy{meanwhile} ({reason})")
         elif libraries or isinstance(error, ConnectionError | TimeoutError):
-            self._warn(f"MLflow cannot be reached, training goes on without it ({reason})")
+            self._warn(f"MLflow cannot be reached{meanwhile} ({reason})")
         else:
-            self._warn(f"MLflow cannot be kept up to date, training goes on ({type(error).__name__}: {reason})")
+            self._warn(f"MLflow cannot be kept up to date{meanwhile} ({type(error).__name__}: {reason})")
