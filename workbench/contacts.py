@@ -7,11 +7,11 @@ proves who the user is goes there only when the user has named the same address.
 import os
 from urllib.parse import urlsplit
 
+from workbench import tracking
 from workbench.errors import WorkbenchError
 from workbench.study import Study
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
-_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _NEED = "a file may name an MLflow server alone, as http://HOST:PORT"
 
 
@@ -29,7 +29,7 @@ def server(address: str) -> str:
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError(f"found one of kind {parts.scheme[:20]!r}; {_NEED}; others are for --tracking-uri")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(f"holds a user, a password or a query; {_NEED}, and set {_CREDENTIALS[0]} and so on")
+        raise ValueError(f"holds a user, a password or a query; {_NEED}, and set {tracking.USER} and so on")
     return address
 
 
@@ -48,8 +48,9 @@ def refuse_credentials(study: Study) -> None:
         WorkbenchError: the file names a server, and MLflow's credentials are set.
     """
     uri = named_by_file(study)
-    if uri is not None and (found := [name for name in _CREDENTIALS if os.environ.get(name)]):
+    if uri is not None and (found := tracking.credentials()):
         raise WorkbenchError(
-            f"{study.path}: its tracking_uri {uri} would be sent {' and '.join(found)}: where you trust it with them, "
-            f"say so with --tracking-uri {uri}; else unset them"
+            f"{study.path}: its tracking_uri {uri} would be sent {' and '.join(found)} of the environment or of "
+            f"{tracking.CREDENTIALS_FILE}: where you trust it with them, say so with --tracking-uri {uri}; else unset "
+            "them"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from core.events import EpochFinished, StepsTaken
-from workbench import attempts, durable, placing, record_files
+from workbench import attempts, durable, placing, record_files, search
 from workbench.errors import StoreError, WorkbenchError
 from workbench.mirror_content import keys
 from workbench.mlflow_mirror.download import NAME, MissingFile, Remote, RemotePlan
@@ -162,7 +162,7 @@ class _Fetch:
         found = (plan.study.name, plan.study.profile, plan.plan_hash)
         if found != (self.found.study, self.found.profile, self.found.plan_hash):
             raise ValueError(f"its plan.json is of {' '.join(map(str, found))}")
-        return plan
+        return plan if plan.study.search is None else search.expanded(plan, search.read(folder))
 
     def _study(self, plan: Plan, staged: Path, entries: dict[str, Entry], label: str) -> None:
         here = self._study_folder()
@@ -176,11 +176,11 @@ class _Fetch:
             except Exception as error:  # noqa: BLE001 - as above: whatever breaks a reader is refused
                 self._refuse(label, f"{type(error).__name__}: {error}"[:300])
                 return
+            names = keys(plan)
             runs = {
-                key: self.found.runs[variant, trial_id]
-                for (variant, seed), key in keys(plan).items()
-                for trial_id in [_trial_of(plan, variant, seed)]
-                if (variant, trial_id) in self.found.runs
+                names[trial.variant, trial.seed]: run
+                for trial in plan.trials
+                if (run := self.found.runs.get((trial.variant, trial.trial_id)))
             }
             mirror = {
                 "tracking_uri": self.remote.tracking_uri,
@@ -257,10 +257,6 @@ def _restore_times(folder: Path, last: str | None) -> None:
         for path in (folder / "events.jsonl", *(folder / "attempts").glob("*.json")):
             if path.exists():
                 os.utime(path, (then, then))
-
-
-def _trial_of(plan: Plan, variant: str, seed: int) -> str:
-    return next(item.trial_id for item in plan.trials if (item.variant, item.seed) == (variant, seed))
 
 
 @contextmanager

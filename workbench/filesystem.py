@@ -38,8 +38,7 @@ def type_of(path: Path, *, mounts: Path = _MOUNTS) -> str | None:
         _, point, kind, *_ = [*line.split(" "), "", "", ""]
         for escaped, plain in _ESCAPES.items():
             point = point.replace(escaped, plain)
-        if (
-            point and place.is_relative_to(point) and len(point) >= best
-        ):  # of two on one point the later covers the other
+        # Of two on one point the later covers the other.
+        if point and place.is_relative_to(point) and len(point) >= best:
             best, found = len(point), kind
     return found

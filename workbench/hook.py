@@ -114,8 +114,11 @@ def _post(url: str, payload: bytes) -> str | None:
         url, data=payload, headers={"Content-Type": "application/json", "User-Agent": "detr-ablation-workbench"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=URL_SECONDS):
-            return None
+        with urllib.request.urlopen(request, timeout=URL_SECONDS) as answer:
+            # Sent elsewhere, a POST arrives as a GET without its body, and looks as if it had been taken.
+            return (
+                None if answer.url == request.full_url else "it redirects; name the address that takes the news itself"
+            )
     except urllib.error.HTTPError as error:
         error.close()
         return f"it answered {error.code}"

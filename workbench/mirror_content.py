@@ -35,6 +35,7 @@ class Feed:
     def __init__(self, store: Store, trial_id: str) -> None:
         self._reader = store.reader(trial_id)
         self._waiting: list[durable.StampedEvent] = []
+        self._furthest = (0, "")  # the last step, and when it was first taken
 
     def points(self, marks: list[int]) -> tuple[list[Point], list[int]]:
         """Return (name, value, time, step) of what is new beyond `marks`, and the new marks.
@@ -46,6 +47,7 @@ class Feed:
         reached, points = list(marks), []
         for stamped in self._waiting:
             event = stamped.event
+            self._furthest = max(self._furthest, (event.step, stamped.time), key=lambda pair: pair[0])
             if not isinstance(event, StepsTaken | EpochFinished):
                 continue
             kind = 0 if isinstance(event, StepsTaken) else 1
@@ -60,25 +62,28 @@ class Feed:
             ]
         return points, reached
 
+    def final_points(self, trial: PlannedTrial, record: TrialRecord) -> list[Point]:
+        """Return the scores of a finished trial on the whole validation split.
+
+        Their time is that of the last step, when it was first taken: a trial that is trained again, because somebody
+        asks for another evaluation and its checkpoint is gone, has a new result and no new point.
+        """
+        if record.result is None:
+            return []
+        time, step = milliseconds(self._furthest[1] or record.result["finished_at"]), record.result["step"]
+        return [
+            (f"{'final' if parameters == 'raw' else 'final_averaged'}/{name}", value, time, step)
+            for parameters, eval_id in trial.evaluations.items()
+            if eval_id in record.metrics
+            for name, value in record.metrics[eval_id].numbers().items()
+        ]
+
     def sent(self) -> None:
         """Forget what has been sent."""
         self._waiting.clear()
 
 
 _FOLDERS = {"": "", "raw": "val/", "averaged": "averaged/"}
-
-
-def final_points(trial: PlannedTrial, record: TrialRecord) -> list[Point]:
-    """Return the scores of a finished trial on the whole validation split."""
-    if record.result is None:
-        return []
-    time, step = milliseconds(record.result["finished_at"]), record.result["step"]
-    return [
-        (f"{'final' if parameters == 'raw' else 'final_averaged'}/{name}", value, time, step)
-        for parameters, eval_id in trial.evaluations.items()
-        if eval_id in record.metrics
-        for name, value in record.metrics[eval_id].numbers().items()
-    ]
 
 
 def report_files(ref: StudyRef) -> list[Path]:

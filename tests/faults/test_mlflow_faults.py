@@ -23,7 +23,7 @@ from core.events import StepsTaken
 from dashboard import load
 from workbench import mirror_content
 from workbench.fetch import fetch
-from workbench.mirror_content import Feed, final_points
+from workbench.mirror_content import Feed
 from workbench.mlflow_mirror import default_uri, mirror, sync
 from workbench.report import render
 from workbench.runner import Options, run_study
@@ -86,8 +86,9 @@ def _missing_and_surplus(plan: Plan, store: Store, rows: list[tuple[Any, ...]]) 
     """Return how many points of the records MLflow has not, and how many it has too many."""
     expected: Counter[tuple[Any, ...]] = Counter()
     for trial in plan.trials:
-        points, _ = Feed(store, trial.trial_id).points([0, 0])
-        points += final_points(trial, store.record(trial.trial_id))
+        feed = Feed(store, trial.trial_id)
+        points, _ = feed.points([0, 0])
+        points += feed.final_points(trial, store.record(trial.trial_id))
         expected.update((trial.trial_id, name, value, time, step) for name, value, time, step in points)
     found = Counter(rows)
     assert sum(expected.values()) > 300

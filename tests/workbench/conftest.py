@@ -69,6 +69,23 @@ def empty_database(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def client(store, empty_database):
+    """Return a client of the store's embedded MLflow."""
+    from mlflow import MlflowClient
+
+    store.mlflow_database.write_bytes(empty_database.read_bytes())
+    return MlflowClient(f"sqlite:///{store.mlflow_database}")
+
+
+@pytest.fixture
+def ref(store, toy_plan):
+    """Register the toy plan and start its look."""
+    ref = store.register(toy_plan, source="study: toy")
+    store.start_look(ref, 1)
+    return ref
+
+
 class ToyTrainer:
     """A trainer that counts: its "weights" are the number of steps, its checkpoint a JSON file, an epoch two steps.
 

@@ -24,11 +24,16 @@ def listener():
     """Return a server on this machine that keeps what is posted; `answers` are its next status codes."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
         def do_POST(self):
             length = int(self.headers["Content-Length"])
             server.posted.append((self.path, self.headers["Content-Type"], json.loads(self.rfile.read(length))))
             time.sleep(server.delay)
             self.send_response(server.answer)
+            self.send_header("Location", f"{server.url}/elsewhere")
             self.end_headers()
 
         def log_message(self, *_):
@@ -107,6 +112,12 @@ def test_a_hook_that_refuses_is_told_in_one_line(toy_plan, store, toy_trainer, l
     (line,) = [line for line in err.splitlines() if line.startswith("The hook")]
     assert f"answered {answer}" in line
     assert "secret" not in err
+
+
+def test_a_hook_that_sends_the_news_elsewhere_is_told(listener):
+    """A POST that is redirected arrives as a GET without its body, so nobody has been told."""
+    listener.answer = 302
+    assert "it redirects; name the address" in hook.call(listener.url, TOLD)
 
 
 def test_a_hook_that_is_slow_or_away_holds_nobody_up(listener, monkeypatch):

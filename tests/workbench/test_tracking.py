@@ -1,10 +1,11 @@
 """Addresses of MLflow, which are stored and shown, hold no secret; and the file systems that databases lie on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from workbench import cli, tracking
+from workbench import cli, contacts, tracking
 from workbench.errors import WorkbenchError
 from workbench.filesystem import network_type, type_of
 from workbench.mlflow_mirror import Mirror
@@ -72,6 +73,22 @@ def test_answers_are_told_without_what_the_environment_holds(monkeypatch):
     monkeypatch.setenv(tracking.TOKEN, "token-word")
     told = tracking.without_secrets(f"401: Basic bWU6czNjcmV0LXdvcmQ=, {SECRET}, Bearer token-word")
     assert told == "401: Basic ***, ***, Bearer ***"
+
+
+def test_credentials_in_mlflows_own_file_count_too(toy_plan, tmp_path, monkeypatch):
+    """MLflow sends what stands in its file to any server, with no variable set."""
+    study = replace(toy_plan.study, tracking_uri="http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    contacts.refuse_credentials(study)
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = hunter2\n"
+    )
+    with pytest.raises(WorkbenchError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as refused:
+        contacts.refuse_credentials(study)
+    assert "~/.mlflow/credentials" in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+    assert tracking.without_secrets("Who is hunter2?") == "Who is ***?"
 
 
 def test_a_network_file_system_is_known_by_its_mount(tmp_path):

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 _MOST_METRICS, _MOST_PARAMS = 800, 100  # in one call, where MLflow's limit is 1000 of all kinds and 100 params
 _PAGE = 500
+_ANSWERS = {
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "PERMISSION_DENIED",
+}
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -81,8 +88,7 @@ def _create_database(path: Path) -> None:
 
 def answered(error: Exception) -> bool:
     """Tell whether an error is MLflow's answer to what was asked, and not its absence."""
-    code = getattr(error, "error_code", None)
-    return code in {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
+    return getattr(error, "error_code", None) in _ANSWERS
 
 
 class Api:

@@ -19,6 +19,7 @@ from workbench.record_files import MANIFEST, Entry
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 _PLAN_HASH, _TRIAL_ID = re.compile(r"[0-9a-f]{12}"), re.compile(r"[0-9a-f]{16}")
@@ -50,6 +51,7 @@ class Remote:
 
     def __init__(self, tracking_uri: str) -> None:
         self.tracking_uri = tracking.checked(tracking_uri)
+        self._repositories: dict[str, ArtifactRepository] = {}  # of the run that is being read
         path = tracking.sqlite_file(tracking_uri)
         if path is not None and not path.is_file():
             raise WorkbenchError(f"--tracking-uri: {path} is no file; name the database that has the copy")
@@ -134,8 +136,10 @@ class Remote:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         with self._told():
-            info = self._api.client.get_run(run).info
-            repository = get_artifact_repository(str(info.artifact_uri), tracking_uri=self.tracking_uri)
+            if run not in self._repositories:  # a request less for each of its files
+                uri = str(self._api.client.get_run(run).info.artifact_uri)
+                self._repositories = {run: get_artifact_repository(uri, tracking_uri=self.tracking_uri)}
+            repository = self._repositories[run]
             try:
                 with _files_of_at_most(largest):
                     repository._download_file(name, str(target))
@@ -154,8 +158,8 @@ class Remote:
         except (MissingFile, ValueError, WorkbenchError):
             raise
         except Exception as error:
-            reason = tracking.without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
             what = "refuses" if answered(error) else "cannot be read"
+            reason = tracking.reason(error)
             raise WorkbenchError(f"--tracking-uri {self.tracking_uri}: MLflow {what} ({reason})") from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from workbench import filesystem, tracking
+from workbench.contacts import refuse_credentials
 from workbench.errors import BusyError, StoreError, WorkbenchError
 from workbench.mlflow_mirror.api import Api, answered, connect, default_uri
 from workbench.mlflow_mirror.sender import Sender
@@ -24,7 +25,7 @@ _POLL_SECONDS = 0.2
 
 
 def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
-    """Bring MLflow up to date with all records; return 0, or 1 when not all could be sent.
+    """Bring MLflow up to date with all records; return 0 when it was seen to have them, 1 when not all could be sent.
 
     Each study goes to the MLflow that it was last sent to, or was to be, unless another is named.
     """
@@ -38,11 +39,12 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
         try:
             results = store.results(ref)
             uri = tracking_uri or _last_uri(results) or results.plan.study.tracking_uri
+            if tracking_uri is None and uri == results.plan.study.tracking_uri:
+                refuse_credentials(results.plan.study)
             with store.lock(ref):
                 mirror = Mirror(store, ref, results.plan, tracking_uri=uri, warn=warn)
-                if mirror.tracking_uri in away:
-                    continue
-                if not mirror.finish(limit=None, everything=True):
+                if mirror.tracking_uri not in away and not mirror.bring_up_to_date():
+                    warn(f"{ref.study} ({ref.profile}): MLflow has not all of it; the same command goes on from there.")
                     code = 1
                 if mirror.away:
                     away.add(mirror.tracking_uri)
@@ -93,15 +95,13 @@ class Mirror:
             self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
             self._thread.start()
 
-    def finish(self, *, limit: float | None = FLUSH_SECONDS, everything: bool = False) -> bool:
-        """Copy what is left and end the thread; return whether MLflow now has everything. Starts nothing in vain.
+    def finish(self, *, limit: float = FLUSH_SECONDS) -> bool:
+        """Copy what is left and end the thread; return whether all has been sent. Starts nothing in vain.
 
-        Waits at most `limit` seconds, and less where MLflow does not answer; None waits for as long as it takes.
-        `everything` includes what the last run cost.
+        Waits at most `limit` seconds, and less where MLflow does not answer.
         """
-        if self._thread is None and self._sender.up_to_date(everything=everything):
+        if self._thread is None and self._sender.up_to_date():
             return True
-        self._everything = everything
         self._finish.set()
         self.start()
         self._wait(limit)
@@ -109,7 +109,14 @@ class Mirror:
             self._warn("MLflow has not everything yet: `python -m workbench sync` brings it up to date.")
         return self._complete
 
-    def _wait(self, limit: float | None) -> None:
+    def bring_up_to_date(self) -> bool:
+        """Copy what MLflow is seen not to have, and what the last run cost, for as long as it takes; return success."""
+        self._everything = True
+        self._finish.set()
+        self._loop()
+        return self._complete
+
+    def _wait(self, limit: float) -> None:
         assert self._thread is not None  # it has been started
         began = time.monotonic()
         while self._thread.is_alive():
@@ -117,7 +124,7 @@ class Mirror:
             now, heard = time.monotonic(), max(began, self._api.heard if self._api else began)
             making = self._api is None and not tracking.is_remote(self.tracking_uri)
             silent = now - heard > (CREATION_SECONDS if making else SILENCE_SECONDS)
-            if limit is not None and (silent or now - began > limit):
+            if silent or now - began > limit:
                 return
 
     def _loop(self) -> None:
@@ -151,10 +158,12 @@ class Mirror:
         if self._warned:
             return
         self._warned = True
-        reason = tracking.without_secrets((str(error).strip().splitlines() or [""])[0])[:200]
+        reason = tracking.reason(error)
+        meanwhile = "" if self._everything else ", training goes on without it"
+        libraries = type(error).__module__.startswith(("mlflow", "sqlalchemy", "requests"))
         if answered(error):
-            self._warn(f"MLflow has refused a part of the copy, training goes on ({reason})")
-        elif isinstance(error, OSError) or type(error).__module__.startswith(("mlflow", "sqlalchemy")):
-            self._warn(f"MLflow cannot be reached, training goes on without it ({reason})")
+            self._warn(f"MLflow has refused a part of the copy{meanwhile} ({reason})")
+        elif libraries or isinstance(error, ConnectionError | TimeoutError):
+            self._warn(f"MLflow cannot be reached{meanwhile} ({reason})")
         else:
-            self._warn(f"MLflow cannot be kept up to date, training goes on ({type(error).__name__}: {reason})")
+            self._warn(f"MLflow cannot be kept up to date{meanwhile} ({type(error).__name__}: {reason})")

@@ -1,6 +1,5 @@
 """What of a study MLflow has not got, sent: an experiment, a parent run for the plan, a child run for each trial."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from workbench.mirror_content import (
     STATUS,
     Feed,
     ended_at,
-    final_points,
     keys,
     milliseconds,
     reached,
@@ -44,17 +42,16 @@ class Sender:
         self._keys = keys(plan)
         self._feeds: dict[str, Feed] = {}
         self._running: dict[str, int] = {}  # key -> the attempt that MLflow knows to be running
-        self._without_params: set[str] = set()
-        self._listed: dict[str, list[Run]] | None = None  # the runs that MLflow has, by trial id; None: not asked
-        self._trusted = False  # whether the plan's run was seen to be there
+        self._listed: dict[str, list[Run]] | None = None  # the runs that MLflow had, by trial id; None: not asked
+        self._began: dict[str, str] = {}  # run -> when its trial began, as far as known
 
-    def up_to_date(self, *, everything: bool) -> bool:
-        """Tell whether MLflow has all of the study; `everything` includes what the last run cost."""
+    def up_to_date(self) -> bool:
+        """Tell whether all but the cost of the last run has been sent; whether MLflow still has it is not asked."""
         results = self._results()
         expected = {self._key(trial): reached(record) for trial, record in self._begun(results)}
         expected[_PARENT] = study_reached(results, self._ref, over=True)
         known = {key: value for key, value in self._state.reached.items() if key != _LAST_RUN}
-        return known == expected and not (everything and self._last_run_is_new())
+        return known == expected
 
     def send(self, api: Api, *, last: bool, everything: bool = False) -> None:
         """Send what MLflow has not got; `last` says that the driver does no more.
@@ -100,51 +97,48 @@ class Sender:
 
     def _send_trial(self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
         key = self._key(trial)
-        known = self._running.get(key) == record.attempts
-        feed = self._feeds.setdefault(key, Feed(self._store, trial.trial_id))
-        points, marks = feed.points(self._state.watermarks.get(key, [0, 0]))
-        if not points and record.state == "running" and known:
-            return
-        over = record.state in _OVER
-        points = [*points, *(final_points(trial, record) if over else [])]
         try:
-            self._log_trial(api, parent, trial, record, points, told=over or not known)
+            self._log_trial(api, parent, trial, record)
         except Exception as error:
             if not answered(error) or key not in self._state.runs:
                 raise
-            if not api.revive(self._state.runs[key]):  # the run is gone for good: all of it goes to a new one
-                self._state.forget(key)
-                self._feeds[key] = feed = Feed(self._store, trial.trial_id)
-                points, marks = feed.points([0, 0])
-                points = [*points, *(final_points(trial, record) if over else [])]
-                self._listed = None
-            self._log_trial(api, parent, trial, record, points, told=True)
-        run = self._state.runs[key]
-        self._state.watermarks[key], self._state.changed = marks, True
-        feed.sent()
-        if over:
+            if not api.revive(self._state.runs[key]):
+                self._forget(key)
+            self._running.pop(key, None)
+            self._log_trial(api, parent, trial, record)
+        if record.state in _OVER:
+            run = self._state.runs[key]
             self._keep_files(api, run, trial.trial_id)
             api.set_over(run, STATUS[record.state], end_time=ended_at(record) or self._last_time(trial))
             self._state.reached[key] = reached(record)
             self._running.pop(key, None)
             del self._feeds[key]
-        else:
-            if not known:
-                api.set_running(run)
+
+    def _log_trial(self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
+        """Send the points that are new, and what is to be told of the trial where its state is."""
+        key, began_at = self._key(trial), self._first_time(trial)
+        over, known = record.state in _OVER, self._running.get(key) == record.attempts
+        self._forget_another(key, began_at)
+        feed = self._feeds.setdefault(key, Feed(self._store, trial.trial_id))
+        points, marks = feed.points(self._state.watermarks.get(key, [0, 0]))
+        if not points and known and not over:
+            return
+        run = self._trial_run(api, parent, trial, began_at)
+        tags = {} if known and not over else trial_tags(trial, record, began_at=began_at)
+        api.log(
+            run,
+            points=[*points, *(feed.final_points(trial, record) if over else [])],
+            params={} if key in self._state.watermarks else self._params(trial),
+            tags=tags,
+        )
+        self._state.watermarks[key], self._state.changed = marks, True
+        feed.sent()
+        if tags:
+            api.drop_tags(run, [name for name in PASSING_TAGS if name not in tags])
+        if not over and not known:
+            api.set_running(run)
             self._state.reached.pop(key, None)
             self._running[key] = record.attempts
-
-    def _log_trial(
-        self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord, points: Sequence[Any], *, told: bool
-    ) -> None:
-        key, began_at = self._key(trial), self._first_time(trial)
-        run = self._trial_run(api, parent, trial, began_at)
-        params = self._params(trial) if key in self._without_params else {}
-        tags = trial_tags(trial, record, began_at=began_at) if told else {}
-        api.log(run, points=points, params=params, tags=tags)
-        self._without_params.discard(key)
-        if told:
-            api.drop_tags(run, [name for name in PASSING_TAGS if name not in tags])
 
     def _keep_files(self, api: Api, run: str, trial_id: str) -> None:
         """Keep the files of the record, and last the manifest, by which a copy is known to be whole."""
@@ -201,55 +195,61 @@ class Sender:
 
     def _parent_run(self, api: Api) -> str:
         state = self._state
-        if state.parent_run_id is not None and not self._trusted and not api.revive(state.parent_run_id):
-            state.forget_all()  # another database answers here than did before
-        self._trusted = True
-        if state.parent_run_id is None:
-            study = self._plan.study
-            state.experiment_id = api.experiment(f"{study.name}/{study.profile}")
-            tags = study_tags(self._plan)
-            registered = {"registered_at": self._ref.registered_at}
-            wanted = {name: tags[name] for name in ("plan_hash", "kind")}
-            run = _same(api.runs(state.experiment_id, wanted), registered)
-            if run is None:
-                # No run of it is there yet, so none of its trials either.
-                run = api.create_run(state.experiment_id, f"plan {self._plan.plan_hash}", tags | registered)
-                self._listed = {}
-            api.log(run, params=study_params(self._plan), tags=registered)
-            state.parent_run_id, state.changed = run, True
+        if self._listed is None:
+            self._look(api)
+        assert state.parent_run_id is not None  # it has been found or made
         return state.parent_run_id
 
+    def _look(self, api: Api) -> None:
+        """See what MLflow has of the study. What was deleted there is brought back, or made anew where it is gone."""
+        state, tags = self._state, study_tags(self._plan)
+        experiment = api.experiment(f"{self._ref.study}/{self._ref.profile}")
+        if state.parent_run_id is None or experiment != state.experiment_id or not api.revive(state.parent_run_id):
+            state.forget_all()  # as where another database answers than did before
+            registered = {"registered_at": self._ref.registered_at}
+            wanted = {name: tags[name] for name in ("plan_hash", "kind")}
+            run = _same(api.runs(experiment, wanted), registered)
+            run = run or api.create_run(experiment, f"plan {self._plan.plan_hash}", tags | registered)
+            api.log(run, params=study_params(self._plan), tags=registered)
+            state.experiment_id, state.parent_run_id, state.changed = experiment, run, True
+        listed: dict[str, list[Run]] = {}
+        for run in api.runs(experiment, {"plan_hash": self._plan.plan_hash, "kind": "trial"}):
+            listed.setdefault(run.data.tags.get("trial_id", ""), []).append(run)
+        self._began = {run.info.run_id: run.data.tags.get("began_at", "") for runs in listed.values() for run in runs}
+        for key, run in [*state.runs.items()]:
+            if run not in self._began and not api.revive(run):
+                self._forget(key)
+        self._listed = listed
+
+    def _forget(self, key: str) -> None:
+        """Begin anew with one trial: all of it goes to a new run."""
+        self._state.forget(key)
+        self._feeds.pop(key, None)
+
+    def _forget_another(self, key: str, began_at: str) -> None:
+        """Begin anew with a trial that is not the one sent: its folder was removed, and it began again."""
+        if began_at and self._began.get(self._state.runs.get(key, ""), began_at) not in ("", began_at):
+            self._forget(key)
+
     def _trial_run(self, api: Api, parent: str, trial: PlannedTrial, began_at: str) -> str:
+        """Return a trial's run: the one known, or one that is there and not known any more, or a new one."""
         key, state = self._key(trial), self._state
         if key not in state.runs:
             assert state.experiment_id is not None  # it is known since the parent's run is
-            if self._listed is None:
-                self._listed = {}
-                wanted = {"plan_hash": self._plan.plan_hash, "kind": "trial"}
-                for run in api.runs(state.experiment_id, wanted):
-                    self._listed.setdefault(run.data.tags.get("trial_id", ""), []).append(run)
-            found = _same(
-                self._listed.get(trial.trial_id, []),
-                {"variant": trial.variant, "began_at": began_at, "mlflow.parentRunId": parent},
-            )
+            assert self._listed is not None  # as above
+            told = {"variant": trial.variant, "began_at": began_at, "mlflow.parentRunId": parent}
+            found = _same(self._listed.get(trial.trial_id, []), told)
             if found is None:
-                listed, self._listed = self._listed, None  # asked for again, should the answer be lost
+                listed, self._listed = self._listed, None  # looked at again, should the answer be lost
                 found = api.create_run(
                     state.experiment_id,
                     f"{trial.variant} seed {trial.seed}",
-                    {
-                        **study_tags(self._plan),
-                        "kind": "trial",
-                        "trial_id": trial.trial_id,
-                        "variant": trial.variant,
-                        "began_at": began_at,
-                        "mlflow.parentRunId": parent,
-                    },
+                    {**study_tags(self._plan), "kind": "trial", "trial_id": trial.trial_id, **told},
                     start_time=milliseconds(began_at) if began_at else None,
                 )
                 self._listed = listed
             state.runs[key], state.changed = found, True
-            self._without_params.add(key)
+            self._began[found] = began_at
         return state.runs[key]
 
 
