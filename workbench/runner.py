@@ -275,6 +275,7 @@ class Run:
             trainer=self.options.trainer,
             driver=self.driver,
             searching=self.searching,
+            tell=self._announce_stop,
         )
         if self.options.executor == "inline":
             run_inline(job)
