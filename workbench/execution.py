@@ -138,6 +138,7 @@ class Job:
     resources: "Resources"
     execution: Execution
     driver: Process
+    tell: Callable[[str], None]  # takes a line for the user, while trials run
     address: str | None = None  # of a Ray cluster; None: this machine
     allow_code: bool = False  # whether the code of custom parts may run
     trainer: Trainer | None = None  # the detector's code; `core` by default

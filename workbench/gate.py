@@ -20,6 +20,7 @@ from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.expenses import WITHOUT_GATE, gone_around
 from workbench.labels import POINTS
+from workbench.options import Options
 from workbench.plan import make_plan
 from workbench.published import PUBLISHED, Published
 from workbench.store import Store
@@ -263,13 +264,11 @@ def _mismatch(kept: dict[str, Any], profile: str, specs: Mapping[str, TrialSpec]
     return None
 
 
-def require(
-    budget: Budget, *, until_decided: bool, without_gate: bool, allow_code: bool, say: Callable[[str], None]
-) -> None:
+def require(budget: Budget, options: Options, *, say: Callable[[str], None]) -> None:
     """Refuse a study that is expected to cost more than `GPU_HOURS` and has no gate that matches.
 
-    Where nothing is known of its cost and it would run on GPUs, a probe measures it first. `without_gate` goes on, and
-    the study's folder then says so.
+    Where nothing is known of its cost and it would run on GPUs, a probe measures it first, where its trials would run.
+    `options.without_gate` goes on, and the study's folder then says so.
 
     Raises:
         WorkbenchError: there is no such gate, or the cost cannot be known here.
@@ -277,13 +276,14 @@ def require(
     plan, store = budget.plan, budget.store
     if not budget.machine.gpus:
         return
-    hours = _expected_hours(budget, until_decided=until_decided)
-    if hours is None and not without_gate:
+    hours = _expected_hours(budget, until_decided=options.until_decided)
+    if hours is None and not options.without_gate:
         from workbench.probe import probe  # only where nothing is on record
 
         say("Nothing is on record of what a trial costs:")
-        probe(plan, store, budget.machine, allow_code=allow_code, tell=say)
-        hours = _expected_hours(budget, until_decided=until_decided)
+        address = options.address if options.executor == "ray" else None
+        probe(plan, store, budget.machine, allow_code=options.allow_code, tell=say, address=address)
+        hours = _expected_hours(budget, until_decided=options.until_decided)
     if hours is not None and hours <= GPU_HOURS:
         return
     if bands.first_epoch_watch(store, plan) is None:
@@ -292,7 +292,7 @@ def require(
     if reason is None:
         return
     reason += "" if hours is None else f", and {hours:.0f} GPU-hours are expected"
-    if not without_gate:
+    if not options.without_gate:
         raise WorkbenchError(
             f"{reason}; above {GPU_HOURS:g} a study needs one: python -m workbench doctor --profile "
             f"{plan.study.profile} --checkpoint FILE --data DIR (docs/budget.md); or go on knowingly: --without-gate"

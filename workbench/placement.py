@@ -81,7 +81,7 @@ def demand_of(specs: Sequence[TrialSpec], execution: Execution, machines: Sequen
     if not on_gpu and execution.gpus > 1:
         found = "its pictures are drawn, and those stay on the CPU" if _drawn(specs) else "no GPU is there"
         raise WorkbenchError(
-            f"execution.gpus is {execution.gpus:g}, and {found}: {_told(machines)}; leave execution.gpus out, or name "
+            f"execution.gpus is {execution.gpus:g}, and {found}: {listed(machines)}; leave execution.gpus out, or name "
             "a cluster with GPUs by --address"
         )
     if on_gpu and execution.gpus < 1 and execution.nodes > 1:
@@ -107,20 +107,29 @@ def places(demand: Demand, machines: Sequence[Machine]) -> int:
     Raises:
         WorkbenchError: not even one: what a trial asks for, what each machine has, and what to change.
     """
-    rooms = [_room(demand, machine) for machine in machines]
-    if demand.nodes == 1:
-        found = sum(rooms)
-    else:  # as many trials as find a machine for each of their nodes
-        found = max(
-            (n for n in range(1, sum(rooms) + 1) if sum(min(r, n) for r in rooms) >= n * demand.nodes), default=0
-        )
+    found = at_once(demand, machines)
     if not found:
         remedies = "training.threads, execution.gpus or execution.nodes"
         raise WorkbenchError(
-            f"a trial asks for {demand}, which is nowhere free: {_told(machines)}; lower {remedies}, or name a larger "
+            f"a trial asks for {demand}, which is nowhere free: {listed(machines)}; lower {remedies}, or name a larger "
             "cluster by --address"
         )
     return found
+
+
+def at_once(demand: Demand, machines: Sequence[Machine]) -> int:
+    """Return how many trials these machines have room for; 0 where none fits."""
+    rooms = [_room(demand, machine) for machine in machines]
+    if demand.nodes == 1:
+        return sum(rooms)
+    # As many as find a machine for each of their nodes.
+    return max((n for n in range(1, sum(rooms) + 1) if sum(min(r, n) for r in rooms) >= n * demand.nodes), default=0)
+
+
+def listed(machines: Sequence[Machine]) -> str:
+    """Return machines and what they offer, in words."""
+    shown = "; ".join(map(str, machines[:8]))
+    return f"{shown} and {len(machines) - 8} more" if len(machines) > 8 else shown or "no machine"
 
 
 def _room(demand: Demand, machine: Machine) -> int:
@@ -145,8 +154,3 @@ def _refuse_uneven(spec: TrialSpec, size: int) -> None:
 
 def _drawn(specs: Sequence[TrialSpec]) -> bool:
     return all(spec.config.data.kind != "coco" for spec in specs)
-
-
-def _told(machines: Sequence[Machine]) -> str:
-    shown = "; ".join(map(str, machines[:8]))
-    return f"{shown} and {len(machines) - 8} more" if len(machines) > 8 else shown or "there is no machine"

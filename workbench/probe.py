@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, quantiles
@@ -53,9 +55,15 @@ class Measured:
 
 
 def probe(
-    plan: Plan, store: Store, machine: Machine, *, allow_code: bool, tell: Callable[[str], None]
+    plan: Plan,
+    store: Store,
+    machine: Machine,
+    *,
+    allow_code: bool,
+    tell: Callable[[str], None],
+    address: str | None = None,
 ) -> dict[str, Cost]:
-    """Measure, keep and return the cost of a trial by variant.
+    """Measure, keep and return the cost of a trial by variant; on nodes of the Ray cluster at `address`, if given.
 
     Raises:
         WorkbenchError: code of the user's own is not allowed, there is no such device here, or a measuring process
@@ -63,21 +71,29 @@ def probe(
     """
     if not allow_code:
         refuse_code(plan)
-    if machine.device == "cuda" and not provenance.visible_gpus():
+    if machine.device == "cuda" and address is None and not provenance.visible_gpus():
         raise WorkbenchError("--probe: there is no GPU here: run it on a machine that has one of the cluster's kind")
     specs = {
         variant.name: next(plan.specs[trial.trial_id] for trial in plan.trials if trial.variant == variant.name)
         for variant in plan.study.variants
     }
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(spec.config.training.threads for spec in specs.values())))
+    threads = max(spec.config.training.threads for spec in specs.values())
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    processes = partial(
+        _processes,
+        address=address,
+        threads=threads,
+        gpus=min(1.0, machine.gpus),
+        log=probe_file(store, plan).with_suffix(".log"),
+    )
     copies = min(machine.at_once, MOST_COPIES) if machine.device == "cpu" else 1
     tell(f"Probing {len(specs)} variants with a step or two, and the dearest with {STEPS} steps, {copies} at once")
     try:
-        with _processes(1) as pool:
+        with processes(1) as pool:
             short = pool.submit(_short, list(specs.values()), machine.device, store.cache_dir).result()
         by_variant = dict(zip(specs, short, strict=True))
         dearest = max(by_variant, key=lambda name: by_variant[name].step * by_variant[name].total_steps)
-        with _processes(copies) as pool:
+        with processes(copies) as pool:
             asked = [
                 pool.submit(measure, specs[dearest], machine.device, STEPS, store.cache_dir) for _ in range(copies)
             ]
@@ -114,8 +130,12 @@ def probe_where_needed(
         probe(results.plan, Store(results.runs), machine, allow_code=allow_code, tell=tell)
 
 
-def _processes(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+def _processes(count: int, *, address: str | None, threads: int, gpus: float, log: Path) -> AbstractContextManager[Any]:
+    if address is None:
+        return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    from workbench.ray_executor import measuring  # Ray takes seconds
+
+    return measuring.processes(address, cores=threads, gpus=gpus, log=log)
 
 
 def _mean(found: list[Measured]) -> Measured:

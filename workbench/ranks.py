@@ -76,16 +76,16 @@ class Order:
             )
 
 
-class Ranked:
-    """A trainer whose training is shared by `size` processes on this machine, each with a GPU where there are any."""
+class Together:
+    """A trainer whose training several processes share; who starts and watches them is for subclasses to say."""
 
-    def __init__(self, *, size: int, device: str, trainer: Trainer | None = None) -> None:
-        self._size, self._device, self._trainer = size, device, trainer
-        self._alone = trainer or CoreTrainer(device)
+    def __init__(self, demand: Demand, *, trainer: Trainer | None) -> None:
+        self._demand, self._trainer = demand, trainer
+        self._alone = trainer or CoreTrainer(demand.device)
         self._places: tuple[Path | None, Path] | None = None
 
     def open_data(self, config: ExperimentConfig, *, root: Path | None, cache: Path) -> "DataSplits":
-        """Open the trial's pictures, and prepare what the processes will find ready."""
+        """Open the trial's pictures here, for what is left out of them; each process opens its own."""
         self._places = root, cache
         return self._alone.open_data(config, root=root, cache=cache)
 
@@ -102,11 +102,10 @@ class Ranked:
         """Train in processes of its own; see `core.training.train`.
 
         Raises:
-            WorkerLost: one of them was killed, or left without a result.
+            WorkerLost: one of them, or its machine, died.
             Exception: what one of them raised.
         """
-        assert self._places is not None  # the pictures are opened first
-        root, cache = self._places
+        root, cache = self._opened()
         order = Order(
             config=config,
             seed=seed,
@@ -114,20 +113,39 @@ class Ranked:
             root=root,
             cache=cache,
             code=given_texts(),
-            device=self._device,
+            device=self._demand.device,
             trainer=self._trainer,
         )
+        return self._carry_out(order, on_event, should_stop)
+
+    def evaluate(self, config: ExperimentConfig, evaluation: EvaluationConfig, **rest: Any) -> "Evaluation":
+        """Score in this process; the others have ended and left the GPU."""
+        return self._alone.evaluate(config, evaluation, **rest)
+
+    def _opened(self) -> tuple[Path | None, Path]:
+        assert self._places is not None  # the pictures are opened first
+        return self._places
+
+    def _carry_out(
+        self, order: Order, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+    ) -> "TrainResult":
+        raise NotImplementedError
+
+
+class Ranked(Together):
+    """Shared by processes on this machine, each with a GPU where there are any."""
+
+    def _carry_out(
+        self, order: Order, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+    ) -> "TrainResult":
+        size = self._demand.processes
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-            ranks = [_Rank.start(number, self._size, Path(folder) / "store", order) for number in range(self._size)]
+            ranks = [_Rank.start(number, size, Path(folder) / "store", order) for number in range(size)]
             try:
                 return _supervise(ranks, on_event, should_stop)
             finally:
                 for rank in ranks:
                     rank.end()
-
-    def evaluate(self, config: ExperimentConfig, evaluation: EvaluationConfig, **rest: Any) -> "Evaluation":
-        """Score in this process; the others have ended and left the GPU."""
-        return self._alone.evaluate(config, evaluation, **rest)
 
 
 class SharedGpu(CoreTrainer):
@@ -156,7 +174,7 @@ class SharedGpu(CoreTrainer):
 def trainer_on_one_machine(demand: Demand, trainer: Trainer | None) -> Trainer | None:
     """Return the trainer that takes what a trial demands of one machine; `trainer` itself where it needs no more."""
     if demand.processes > 1:
-        return Ranked(size=demand.processes, device=demand.device, trainer=trainer)
+        return Ranked(demand, trainer=trainer)
     if trainer is None and demand.gpu_share is not None and demand.gpu_share < 1:
         return SharedGpu(demand.device, share=demand.gpu_share)
     return trainer

@@ -135,13 +135,7 @@ class Run:
         over = all(map(self._over, self.plan.at_look(looks[-1 if self.options.until_decided else started - 1])))
         if over and self.plan.study.search is None:
             return
-        gate.require(
-            self.budget,
-            until_decided=self.options.until_decided,
-            without_gate=self.options.without_gate,
-            allow_code=self.options.allow_code,
-            say=self.say,
-        )
+        gate.require(self.budget, self.options, say=self.say)
 
     @cached_property
     def resources(self) -> Resources:
@@ -278,6 +272,7 @@ class Run:
             trainer=self.options.trainer,
             driver=self.driver,
             searching=self.searching,
+            tell=self._announce_stop,
         )
         if self.options.executor == "inline":
             run_inline(job)

@@ -336,10 +336,10 @@ def dear(plan, store, tmp_path):
     return make
 
 
-def required(budget, *, without_gate=False):
+def required(budget, **options):
     """Ask for a gate; return what was said."""
     said = []
-    gate.require(budget, until_decided=False, without_gate=without_gate, allow_code=False, say=said.append)
+    gate.require(budget, Options(**options), say=said.append)
     return said
 
 
@@ -406,6 +406,15 @@ def test_an_unknown_cost_is_probed_before_it_is_judged(dear, monkeypatch, plan):
         required(budget)
     monkeypatch.setattr("workbench.probe.probe", lambda *_, **__: dear(7))
     assert required(budget) == ["Nothing is on record of what a trial costs:"]
+
+
+@pytest.mark.parametrize(("executor", "where"), [("ray", "head:6379"), ("inline", None)])
+def test_an_unknown_cost_is_probed_where_the_trials_will_run(dear, monkeypatch, executor, where):
+    """With the address of a cluster its nodes are measured: the driver's own machine may be a head without GPUs."""
+    asked = []
+    monkeypatch.setattr("workbench.probe.probe", lambda *_, address, **__: asked.append(address) or dear(7))
+    required(dear(None), executor=executor, address="head:6379")
+    assert asked == [where]
 
 
 def test_a_dear_study_says_that_its_baseline_is_not_watched(dear, asked, store, few_steps):

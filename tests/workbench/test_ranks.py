@@ -26,7 +26,7 @@ SETS = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.train
 def share(trainer, tmp_path, toy_plan, *, should_stop=lambda: False, events=None):
     """Train in two processes with the first trial's configuration."""
     spec = next(iter(toy_plan.specs.values()))
-    ranked = Ranked(size=2, device="cpu", trainer=trainer)
+    ranked = Ranked(Demand(device="cpu", threads=1, processes=2), trainer=trainer)
     data = ranked.open_data(spec.config, root=None, cache=tmp_path / "cache")
     return ranked.train(
         spec.config,

@@ -21,12 +21,11 @@ from core.custom import given_as_text, given_texts
 from core.events import Event
 from workbench.execution import Job
 from workbench.placement import Demand
-from workbench.ranks import COLLECTIVE_SECONDS, Order, WorkerLost, portable, trainer_on_one_machine
+from workbench.ranks import COLLECTIVE_SECONDS, Order, Together, WorkerLost, portable, trainer_on_one_machine
 from workbench.ray_executor.orphans import end_with_raylet
-from workbench.trainers import CoreTrainer, Trainer
+from workbench.trainers import Trainer
 
 if TYPE_CHECKING:
-    from core.data.splits import DataSplits
     from core.evaluation.score import Evaluation
     from core.training import TrainResult
 
@@ -49,57 +48,19 @@ def trainer_for(demand: Demand, job: Job) -> Trainer | None:
     return trainer_on_one_machine(demand, job.trainer)
 
 
-class AcrossNodes:
-    """A trainer whose training is shared by workers of Ray Train on several nodes. It lives in a process that has Ray.
+class AcrossNodes(Together):
+    """Shared by workers of Ray Train on several nodes. It lives in a process that has Ray.
 
     `storage` is a folder that all nodes share, for Train's own files.
     """
 
     def __init__(self, demand: Demand, *, storage: Path, trainer: Trainer | None) -> None:
-        self._demand, self._storage, self._trainer = demand, storage, trainer
-        self._alone = trainer or CoreTrainer(demand.device)
-        self._places: tuple[Path | None, Path] | None = None
-
-    def open_data(self, config: ExperimentConfig, *, root: Path | None, cache: Path) -> "DataSplits":
-        """Open the trial's pictures here, for what is left out of them; each worker opens its own."""
-        self._places = root, cache
-        return self._alone.open_data(config, root=root, cache=cache)
-
-    def train(
-        self,
-        config: ExperimentConfig,
-        *,
-        seed: int,
-        data: "DataSplits",  # noqa: ARG002 - each worker opens its own
-        checkpoints: Path,
-        on_event: Callable[[Event], None],
-        should_stop: Callable[[], bool],
-    ) -> "TrainResult":
-        """Train in workers; see `core.training.train`.
-
-        Raises:
-            WorkerLost: a worker or its node died.
-            Exception: what a worker raised.
-        """
-        order = self._order(config, seed=seed, checkpoints=checkpoints)
-        post: Any = ray.remote(num_cpus=0)(_Post).remote()
-        carrier = _Carrier(post, on_event, should_stop)
-        carrier.start()
-        try:
-            self._fit(order, post, name=f"{checkpoints.parent.name}-{time.time_ns()}")
-        except Exception as error:
-            raise carrier.end(error) from error
-        finally:
-            carrier.end(None)
-            ray.kill(post)
-        if carrier.result is None:
-            raise WorkerLost("the workers ended without a result")
-        return carrier.result
+        super().__init__(demand, trainer=trainer)
+        self._storage = storage
 
     def evaluate(self, config: ExperimentConfig, evaluation: EvaluationConfig, **rest: Any) -> "Evaluation":
         """Score in a worker that has what a process of the trial has; the others have left."""
-        assert self._places is not None  # the pictures are opened first
-        root, cache = self._places
+        root, cache = self._opened()
         # The slot's own place has no room for it.
         anywhere = PlacementGroupSchedulingStrategy(placement_group=None)  # pyright: ignore[reportArgumentType]
         needs = {"num_cpus": self._demand.threads, "num_gpus": self._demand.gpus, "max_retries": 0}
@@ -110,19 +71,22 @@ class AcrossNodes:
             rest.get("on_batch", _nothing)()  # the work goes on, or else Ray would tell
         return ray.get(reply)
 
-    def _order(self, config: ExperimentConfig, *, seed: int, checkpoints: Path) -> Order:
-        assert self._places is not None  # the pictures are opened first
-        root, cache = self._places
-        return Order(
-            config=config,
-            seed=seed,
-            checkpoints=checkpoints,
-            root=root,
-            cache=cache,
-            code=given_texts(),
-            device=self._demand.device,
-            trainer=self._trainer,
-        )
+    def _carry_out(
+        self, order: Order, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+    ) -> "TrainResult":
+        post: Any = ray.remote(num_cpus=0)(_Post).remote()
+        carrier = _Carrier(post, on_event, should_stop)
+        carrier.start()
+        try:
+            self._fit(order, post, name=f"{order.checkpoints.parent.name}-{time.time_ns()}")
+        except Exception as error:
+            raise carrier.end(error) from error
+        finally:
+            carrier.end(None)
+            ray.kill(post)
+        if carrier.result is None:
+            raise WorkerLost("the workers ended without a result")
+        return carrier.result
 
     def _fit(self, order: Order, post: Any, *, name: str) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

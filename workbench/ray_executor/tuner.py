@@ -14,11 +14,13 @@ from typing import Any
 import ray
 from ray import tune
 
+from workbench.budget import watching
 from workbench.execution import Job
 from workbench.ray_executor import several
 from workbench.ray_executor.cluster import join
 from workbench.ray_executor.orphans import end_with_raylet
 from workbench.ray_executor.output import output_to
+from workbench.ray_executor.room import Room
 from workbench.retrying import at_work
 from workbench.slots import Slot, Task, task_for
 from workbench.store import Store
@@ -50,14 +52,20 @@ def run_on_ray(job: Job) -> None:
     with output_to(folder / "ray.log"):
         join(job.address, cores=job.resources.cores)
         try:
-            if job.searching is None:
-                _fit(job, folder)
-            else:
-                from workbench.ray_executor.search import search  # which builds on this module
-
-                search(job, job.searching, folder)
+            room = Room(job.resources.demand, tell=job.tell)
+            with watching(() if job.address is None else (room.check,), job.stop):
+                _work_off(job, folder)
         finally:
             ray.shutdown()
+
+
+def _work_off(job: Job, folder: Path) -> None:
+    if job.searching is None:
+        _fit(job, folder)
+    else:
+        from workbench.ray_executor.search import search  # which builds on this module
+
+        search(job, job.searching, folder)
 
 
 def per_trial(job: Job) -> dict[str, float]:
