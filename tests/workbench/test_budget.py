@@ -184,8 +184,23 @@ def test_a_look_fits_by_what_its_trials_are_expected_to_take(two_looks_of_ten, s
     assert plans.refuses_look(1, spent=100.0, budget_seconds=None) is None
     assert plans.refuses_look(1, spent=100.0, budget_seconds=411.0) is None
     assert plans.refuses_look(1, spent=100.0, budget_seconds=409.0) == (
-        "The next look needs about 5 min 10 s, and 5 min 09 s of the budget are left"
+        "The next look needs about 5 min 10 s, and 5 min 09 s of the budget are left: raise --budget to go on"
     )
+
+
+def test_a_look_that_the_cap_cannot_pay_for_is_not_begun(two_looks_of_ten, store, limited):
+    """20 trials of 10 GPU-hours: half a look decides nothing. What failed and was preempted is gone from the cap."""
+    costing(store, two_looks_of_ten, 10.0)
+    assert limited(200.0, plan=two_looks_of_ten).refuses_look(1, spent=0.0, budget_seconds=None) is None
+    first, second = (trial.trial_id for trial in two_looks_of_ten.trials[:2])
+    tried(store, first, attempt(1, seconds=4.0, outcome="failed"), attempt(2, seconds=3.0, outcome="interrupted"))
+    tried(store, second, attempt(1, seconds=2.0, outcome="failed"))
+    plans = limited(208.0, plan=two_looks_of_ten)
+    assert plans.refuses_look(1, spent=0.0, budget_seconds=None) == (
+        "The next look needs about 200 GPU-hours, and 9 of 208 GPU-hours are spent, all attempts counted. "
+        "Raise it with --gpu-hours or execution.gpu_hours to go on"
+    )
+    assert limited(209.0, plan=two_looks_of_ten).refuses_look(1, spent=0.0, budget_seconds=None) is None
 
 
 @pytest.fixture
