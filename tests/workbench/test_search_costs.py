@@ -1,23 +1,18 @@
 """What a search costs: the estimate of all that it will try, the gate, and the cap, which counts all of them."""
 
-import io
 from dataclasses import replace
 
 import pytest
+from costly import costing, hold_gpus, run
 from rated import SEARCH, SETS, RatedTrainer
 
-from workbench import budget, estimate, forecast, gate, runner
+from workbench import estimate, forecast, gate
 from workbench.budget import Budget, Meter
-from workbench.costs import Machine, probe_file
-from workbench.durable import write_json
+from workbench.costs import Machine
 from workbench.errors import LIMIT_REACHED, WorkbenchError
 from workbench.execution import StopRequest
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
 from workbench.study_file import Selection, load_study
-
-GPUS = 3600.0  # of a trial, so that a second is a GPU-hour
-ON_GPUS = Machine(device="cpu", at_once=2, gpus=GPUS)
 
 
 @pytest.fixture
@@ -30,36 +25,14 @@ def plan(tmp_path):
 
 @pytest.fixture
 def on_gpus(monkeypatch):
-    """Let every attempt hold `GPUS`, and every run plan with them."""
-    monkeypatch.setattr(budget, "gpus_of", lambda _: GPUS)
-    monkeypatch.setattr(runner, "machine_of", lambda *_, **__: replace(ON_GPUS, at_once=1))
-    monkeypatch.setattr(budget, "WATCH_SECONDS", 0.05)
-
-
-def costing(store, plan, seconds):
-    """Let a kept probe say what a trial costs."""
-    cost = {
-        "seconds": seconds,
-        "low": seconds,
-        "high": seconds,
-        "memory_bytes": 1,
-        "disk_bytes": 1,
-        "source": "a probe",
-    }
-    write_json(probe_file(store, plan), {"device": "cpu", "costs": {"plain": cost, "sharp": cost}})
-
-
-def run(plan, store, trainer, **options):
-    """Run a search inline; return exit code and what was said."""
-    err = io.StringIO()
-    options = {"executor": "inline", "tracking_uri": "http://127.0.0.1:9", "trainer": trainer, **options}
-    return run_study(plan, store, Options(**options), out=io.StringIO(), err=err), err.getvalue()
+    """Let every trial hold GPUs."""
+    hold_gpus(monkeypatch)
 
 
 def test_the_cap_stops_a_search_whose_cost_is_known(plan, store, on_gpus):
     """Every configuration counts, not the variants' own settings alone; a raised cap goes on to the end."""
     costing(store, plan, 0.01)
-    code, err = run(plan, store, RatedTrainer(seconds=0.02), gpu_hours=1.6)
+    code, _, err = run(plan, store, RatedTrainer(seconds=0.02), gpu_hours=1.6)
     assert code == LIMIT_REACHED, err
     assert "of 1.6 GPU-hours are spent, all attempts counted" in err
     assert 0.8 < Meter(store, plan).gpu_hours() < 2.6
@@ -113,7 +86,7 @@ def test_a_complete_search_needs_no_gate(plan, store, monkeypatch):
 def test_a_search_says_once_what_it_will_cost_and_the_report_how_good_that_was(plan, store):
     """Not again with every configuration that is tried."""
     costing(store, plan, 1.0)
-    code, err = run(plan, store, RatedTrainer())
+    code, _, err = run(plan, store, RatedTrainer())
     assert code == 0
     assert err.count("Expected: ") == 1
     assert "for 8 trials, from a probe" in err
