@@ -1,8 +1,8 @@
 """Measure what a trial costs from a few steps and a few scored pictures, before any trial has run.
 
-The dearest variant is found by a step or two of each; then it is measured in fresh processes, on a CPU in as many at
-once as trials run, since they share memory and cores. Nothing of it becomes a record of a trial; what was measured is
-kept beside the plan.
+The dearest variant is found by a step or two of each; then it is measured in processes like those of trials, on a CPU
+in as many at once as trials run, since they share memory and cores. Nothing of it becomes a record of a trial; what
+was measured is kept beside the plan.
 """
 
 import os
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from core.config import EvaluationConfig, ExperimentConfig, Shapes
-from workbench import durable, provenance
+from workbench import durable, provenance, template
 from workbench.costs import Cost, Machine, probe_file, recorded
 from workbench.errors import WorkbenchError
 from workbench.records import StudyResults
@@ -73,11 +73,11 @@ def probe(
     copies = min(machine.at_once, MOST_COPIES) if machine.device == "cpu" else 1
     tell(f"Probing {len(specs)} variants with a step or two, and the dearest with {STEPS} steps, {copies} at once")
     try:
-        with _processes(1) as pool:
+        with _processes(1, machine) as pool:
             short = pool.submit(_short, list(specs.values()), machine.device, store.cache_dir).result()
         by_variant = dict(zip(specs, short, strict=True))
         dearest = max(by_variant, key=lambda name: by_variant[name].step * by_variant[name].total_steps)
-        with _processes(copies) as pool:
+        with _processes(copies, machine) as pool:
             asked = [
                 pool.submit(measure, specs[dearest], machine.device, STEPS, store.cache_dir) for _ in range(copies)
             ]
@@ -114,8 +114,13 @@ def probe_where_needed(
         probe(results.plan, Store(results.runs), machine, allow_code=allow_code, tell=tell)
 
 
-def _processes(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+def _processes(count: int, machine: Machine) -> ProcessPoolExecutor:
+    """Return processes like those of trials: on a CPU forks of one that has imported torch, else they share nothing."""
+    forks = template.AVAILABLE and machine.device == "cpu"
+    context = get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(list(template.MODULES))
+    return ProcessPoolExecutor(count, mp_context=context)
 
 
 def _mean(found: list[Measured]) -> Measured:
