@@ -15,13 +15,14 @@ from pathlib import Path
 
 from workbench import attempts, siblings
 from workbench.attempts import Attempt
-from workbench.costs import Machine
+from workbench.costs import Cost, Machine
 from workbench.durable import stamp
 from workbench.estimate import Estimate, estimate, kept
 from workbench.execution import StopRequest
 from workbench.labels import duration
 from workbench.progress import share
 from workbench.repeating import repeating
+from workbench.search import own_name
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 
@@ -62,19 +63,19 @@ class Meter:
     """Sums the GPU time of a study at its profile; what has not changed since the last reading is not read again."""
 
     def __init__(self, store: Store, plan: Plan) -> None:
-        self._store = store
-        registered, _ = siblings.read_all(store.study_dir(plan).parent)
-        self._trials = {trial_id for item in registered for _, trial_id in item.trials} | plan.specs.keys()
-        first = min((item.registered_at for item in registered), default=None)
-        since = _moment(first) if first else 0.0
-        self._since = since if math.isfinite(since) else 0.0  # of a damaged file: rather too much counts
+        self._store, self._folder, self._own = store, store.study_dir(plan).parent, set(plan.specs)
         self._settled: dict[str, tuple[object, float]] = {}  # of trials whose attempts have all ended
 
     def gpu_hours(self) -> float:
         """Return what was spent until now."""
-        return sum(map(self._gpu_seconds, self._trials)) / 3600
+        registered, _ = siblings.read_all(self._folder)  # again each time, since a search grows
+        trials = {trial_id for item in registered for _, trial_id in item.trials} | self._own
+        first = min((item.registered_at for item in registered), default=None)
+        since = _moment(first) if first else 0.0
+        since = since if math.isfinite(since) else 0.0  # of a damaged file: rather too much counts
+        return sum(self._gpu_seconds(trial_id, since) for trial_id in trials) / 3600
 
-    def _gpu_seconds(self, trial_id: str) -> float:
+    def _gpu_seconds(self, trial_id: str, since: float) -> float:
         folder = self._store.trial_dir(trial_id)
         changed = stamp(folder / "attempts")
         if changed is None:
@@ -84,7 +85,7 @@ class Meter:
             return known[1]
         tried = attempts.read(folder)
         running = bool(tried) and tried[-1].running(folder)
-        found = gpu_seconds(tried, until=time.time() if running else last_sign(folder), since=self._since)
+        found = gpu_seconds(tried, until=time.time() if running else last_sign(folder), since=since)
         if tried and tried[-1].outcome is not None:
             self._settled[trial_id] = (changed, found)
         return found
@@ -114,20 +115,23 @@ class Budget:
         say: Callable[[str], None],
     ) -> None:
         self.plan, self.store, self._stop, self._say = plan, store, stop, say
-        self._cap = gpu_hours if gpu_hours is not None else plan.study.execution.gpu_hours
         self.machine = machine
+        cap = gpu_hours if gpu_hours is not None else plan.study.execution.gpu_hours
+        self._limit = cap if machine.gpus else None  # GPU-hours in all
         self._meter = Meter(store, plan)
+        self._told: set[int] = set()  # looks
 
     def expected(self) -> Estimate:
         """Return what is left to spend, as far as is known now."""
         return estimate(self.store.results_for(self.plan), self.machine)
 
     def look(self, number: int, *, budget_seconds: float | None) -> AbstractContextManager[None]:
-        """Say what a look will cost; the context keeps the estimate, and how long the look then took."""
+        """Say, once, what a look will cost; the context keeps the estimate, and how long the look then took."""
         found = self.expected()
         cost = found.looks[number - 1]
-        if cost.seconds is None or cost.low is None or cost.high is None or not cost.to_run:
+        if number in self._told or cost.seconds is None or cost.low is None or cost.high is None or not cost.to_run:
             return nullcontext()
+        self._told.add(number)
         hours = f", {cost.gpu_hours:.3g} GPU-hours" if cost.gpu_hours else ""
         self._say(
             f"Expected: {duration(cost.seconds)} ({duration(cost.low)} to {duration(cost.high)}){hours} for "
@@ -146,51 +150,59 @@ class Budget:
         return self._meter.gpu_hours()
 
     def refuses_look(self, number: int, *, spent: float, budget_seconds: float | None) -> str | None:
-        """Return why look `number` does not fit into the wall time, of which `spent` seconds are gone; None if it does.
+        """Return why look `number` does not fit, into the wall time or below the cap of GPU-hours; None if it does.
 
-        A look that has nothing left to run always fits.
+        `spent` seconds of the wall time are gone. A look that has nothing left to run always fits.
         """
         cost = self.expected().looks[number - 1]
-        if budget_seconds is None or not cost.to_run:
+        if not cost.to_run:
             return None
         needs = cost.seconds or 0.0
-        if spent + needs <= budget_seconds:
-            return None
-        left = duration(max(0.0, budget_seconds - spent))
-        return f"The next look needs about {duration(needs)}, and {left} of the budget are left"
+        if budget_seconds is not None and spent + needs > budget_seconds:
+            left = duration(max(0.0, budget_seconds - spent))
+            text = f"The next look needs about {duration(needs)}, and {left} of the budget are left"
+            return f"{text}: raise --budget to go on"
+        hours, gone = cost.gpu_hours or 0.0, self._meter.gpu_hours()
+        if self._limit is not None and gone + hours > self._limit:
+            return f"The next look needs about {hours:.3g} GPU-hours, and {self._spent(gone)}. {_REMEDY}"
+        return None
 
-    def affordable(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
+    def affordable(
+        self, trials: tuple[PlannedTrial, ...], *, at_work: tuple[PlannedTrial, ...] = ()
+    ) -> tuple[PlannedTrial, ...]:
         """Return the trials to start now, in order: those expected to end before the cap of GPU-hours.
 
-        While nothing is known of their cost, as many as run at once. Where not even the first fits, a stop is asked
-        for and nothing is returned.
+        What those `at_work` still need is set aside first. While nothing is known of the cost, as many start as run at
+        once. Where nothing is at work and not even the first fits, a stop is asked for and nothing is returned.
         """
-        if self._cap is None or not self.machine.gpus or not trials:
+        if self._limit is None or not trials:
             return trials
-        spent = self._meter.gpu_hours()
-        costs = self.expected().costs
+        spent, costs = self._meter.gpu_hours(), self.expected().costs
         if costs is None:
-            chosen, first = (trials[: self.machine.at_once], 0.0) if spent < self._cap else ((), 0.0)
+            first, free = 0.0, self.machine.at_once - len(at_work)
+            chosen = trials[: max(0, free)] if spent < self._limit else ()
         else:
-            hours = [
-                costs[trial.variant].seconds * (1 - share(self.store.record(trial.trial_id))) / 3600 * self.machine.gpus
-                for trial in trials
-            ]
-            chosen, first = _fitting(trials, hours, self._cap - spent), hours[0]
-        if not chosen:
+            taken = sum(self._gpu_hours_left(trial, costs) for trial in at_work)
+            hours = [self._gpu_hours_left(trial, costs) for trial in trials]
+            chosen, first = _fitting(trials, hours, self._limit - spent - taken), hours[0]
+        if not chosen and not at_work:
             needs = f", and the next trial needs about {first:.3g}" if first else ""
             self._stop.limit(f"{self._spent(spent)}{needs}: no further trial is started. {_REMEDY}")
         return chosen
 
+    def _gpu_hours_left(self, trial: PlannedTrial, costs: dict[str, Cost]) -> float:
+        left = 1 - share(self.store.record(trial.trial_id))
+        return costs[own_name(trial.variant)].seconds * left / 3600 * self.machine.gpus
+
     def passed(self) -> str | None:
         """Return why running trials are to stop: the cap is reached."""
-        if self._cap is None or not self.machine.gpus:
+        if self._limit is None:
             return None
         spent = self._meter.gpu_hours()
-        return f"{self._spent(spent)}: the limit is reached. {_REMEDY}" if spent >= self._cap else None
+        return f"{self._spent(spent)}: the limit is reached. {_REMEDY}" if spent >= self._limit else None
 
     def _spent(self, spent: float) -> str:
-        return f"{spent:.3g} of {self._cap:g} GPU-hours are spent, all attempts counted"
+        return f"{spent:.3g} of {self._limit:g} GPU-hours are spent, all attempts counted"
 
 
 _REMEDY = "Raise it with --gpu-hours or execution.gpu_hours to go on"

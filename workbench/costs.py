@@ -16,6 +16,7 @@ from workbench import durable
 from workbench.errors import WorkbenchError
 from workbench.execution import Resources, resources_for
 from workbench.records import StudyResults, TrialRecord
+from workbench.search import own_name, own_variants
 from workbench.store import Store
 from workbench.study import Plan
 
@@ -111,11 +112,11 @@ def trial_costs(results: StudyResults, machine: Machine) -> dict[str, Cost] | No
 def recorded(results: StudyResults, machine: Machine) -> dict[str, Cost] | None:
     """Return what the plan's own finished trials say, whichever study ran them; None where none has finished."""
     plan = results.plan
-    own: dict[str, dict[str, TrialRecord]] = {variant.name: {} for variant in plan.study.variants}
+    own: dict[str, dict[str, TrialRecord]] = {variant.name: {} for variant in own_variants(plan)}
     for trial in plan.trials:
         record = results.records[trial.trial_id]
         if _usable(record, plan.specs[trial.trial_id].config.training.threads, machine):
-            own[trial.variant][trial.trial_id] = record
+            own[own_name(trial.variant)][trial.trial_id] = record
     together = {trial_id: record for records in own.values() for trial_id, record in records.items()}
     if not together:
         return None
@@ -179,7 +180,7 @@ def _of_similar(store: Store, plan: Plan, machine: Machine) -> dict[str, Cost] |
     """Return costs from trials of other plans whose pictures and sizes are alike, scaled to the pictures trained."""
     found = list(_other_trials(store, set(plan.specs)))
     costs: dict[str, Cost] = {}
-    for variant in plan.study.variants:
+    for variant in own_variants(plan):
         config, data = variant.config.model_dump(mode="json"), _fingerprint(plan, variant.config)
         seconds, taken = [], []
         for trial_id, spec, result in found:
@@ -266,4 +267,4 @@ def _kept_probe(store: Store, plan: Plan, machine: Machine) -> dict[str, Cost] |
         costs = {name: _cost_from_json(cost) for name, cost in kept["costs"].items()}
     except durable.UNUSABLE:  # as if it were not there: a probe is made again
         return None
-    return costs if costs.keys() >= {variant.name for variant in plan.study.variants} else None
+    return costs if costs.keys() >= {variant.name for variant in own_variants(plan)} else None

@@ -6,6 +6,7 @@ beside the plan with the time that it then took, so that a report can say how go
 
 import heapq
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from workbench.costs import Cost, Machine, trial_costs
 from workbench.labels import duration
 from workbench.progress import share
 from workbench.records import StudyResults
+from workbench.search import own_name, own_variants, was_stopped
 from workbench.store import Store
 from workbench.study import PlannedTrial
 
@@ -26,7 +28,7 @@ _DONE = ("finished", "diverged")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LookCost:
-    """To the end of a look, from what is on record now; None where nothing is known of a trial's cost."""
+    """To the end of a look or search, from what is on record now; None where nothing is known of a trial's cost."""
 
     seeds: int
     trials: int
@@ -54,30 +56,35 @@ class Estimate:
 
 
 def estimate(results: StudyResults, machine: Machine) -> Estimate:
-    """Estimate every look of a plan from what is on record."""
+    """Estimate every look of a plan from what is on record.
+
+    A search is one look of all configurations that it will try, each as if none were ended early.
+    """
     costs = trial_costs(results, machine)
     start = _start_seconds(results)
     looks: list[LookCost] = []
     before: set[str] = set()
     wall = Wall(0.0, 0.0, 0.0)
     gpu_seconds, disk = 0.0, 0
-    for look in results.plan.study.looks:
+    to_suggest = _to_suggest(results)
+    for look in results.plan.study.looks[: None if results.plan.study.search is None else 1]:
         trials = results.plan.at_look(look)
         ids = {trial.trial_id for trial in trials}
         outstanding = _outstanding(results, trials)
         new = {trial_id: variant for trial_id, variant in outstanding.items() if trial_id not in before}
         before |= new.keys()
-        if costs is not None and new:
+        if costs is not None and (new or to_suggest):
             left = [(costs[variant], 1 - share(results.records[trial_id])) for trial_id, variant in new.items()]
+            left += [(costs[variant], 1.0) for variant in to_suggest]
             wall += _wall(left, machine.at_once, start)
             gpu_seconds += sum(cost.seconds * part for cost, part in left) * machine.gpus
             disk += sum(int((cost.disk_bytes or 0) * part) for cost, part in left)
         looks.append(
             LookCost(
                 seeds=look.seeds,
-                trials=len(ids),
-                reused=sum(results.records[trial_id].state in _DONE for trial_id in ids),
-                to_run=len(outstanding),
+                trials=len(ids) + len(to_suggest),
+                reused=len(ids) - len(outstanding),
+                to_run=len(outstanding) + len(to_suggest),
                 seconds=None if costs is None else wall.seconds,
                 low=None if costs is None else wall.low,
                 high=None if costs is None else wall.high,
@@ -120,9 +127,23 @@ def _outstanding(results: StudyResults, trials: Sequence[PlannedTrial]) -> dict[
     """Return the trials that are still to be run, in order, each with the first variant that asks for it."""
     found: dict[str, str] = {}
     for trial in trials:
-        if results.records[trial.trial_id].state not in _DONE:
-            found.setdefault(trial.trial_id, trial.variant)
+        record = results.records[trial.trial_id]
+        if record.state not in _DONE and not was_stopped(record, results.plan.plan_hash):
+            found.setdefault(trial.trial_id, own_name(trial.variant))
     return found
+
+
+def _to_suggest(results: StudyResults) -> list[str]:
+    """Return the variant of each configuration that a search has still to suggest; nothing for another study."""
+    search = results.plan.study.search
+    if search is None:
+        return []
+    known = Counter(own_name(trial.variant) for trial in results.plan.trials)
+    return [
+        variant.name
+        for variant in own_variants(results.plan)
+        for _ in range(search.configurations - known[variant.name])
+    ]
 
 
 def _start_seconds(results: StudyResults) -> float:

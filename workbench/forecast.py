@@ -52,7 +52,6 @@ def describe(results: StudyResults, *, explain: bool = False, machine: Machine |
     }
     if study.search is not None:
         described |= _of_search(results)
-        described["cost"]["looks"] = []
     if explain:
         described["settings"] = {
             name: {key: {"value": value, "set_by": where} for key, (value, where) in keys.items()}
@@ -62,7 +61,7 @@ def describe(results: StudyResults, *, explain: bool = False, machine: Machine |
 
 
 def _of_search(results: StudyResults) -> dict[str, Any]:
-    """Return what differs for a search: no look, and trials that are not known before they are suggested."""
+    """Return what differs for a search: no look at claims, and trials that are not known before they are suggested."""
     search = results.plan.study.search
     assert search is not None  # the caller has looked
     found = outcomes(results)
@@ -120,7 +119,8 @@ def as_text(described: dict[str, Any]) -> str:
         described["question"],
         "",
     ]
-    for number, (look, cost) in enumerate(zip(described["looks"], described["cost"]["looks"], strict=True), start=1):
+    costs = described["cost"]["looks"]
+    for number, (look, cost) in enumerate(zip(described["looks"], costs, strict=False), start=1):  # a search has none
         counts = f"{look['trials']} trials, {look['finished']} of them finished"
         lines.append(f"look {number}: {look['seeds']} seeds, alpha {look['alpha']:g}: {counts}{_look_cost(cost)}")
     if "search" in described:
@@ -128,7 +128,8 @@ def as_text(described: dict[str, Any]) -> str:
         over = ", ".join(f"{count} of {name}" for name, count in search["over"].items())
         lines.append(
             f"search ({search['method']}, {search['scheduler']}): {search['configurations']} configurations for each "
-            f"variant by {search['metric']}; over: {over}" + ("; the search is complete" if search["complete"] else "")
+            f"variant by {search['metric']}; over: {over}"
+            + ("; the search is complete" if search["complete"] else _look_cost(costs[0]))
         )
     lines += [*_costs(described["cost"]), "", *_variants(described), ""]
     for number, look in enumerate(described["looks"], start=1):

@@ -1,8 +1,8 @@
 """Measure what a trial costs from a few steps and a few scored pictures, before any trial has run.
 
-The dearest variant is found by a step or two of each; then it is measured in fresh processes, on a CPU in as many at
-once as trials run, since they share memory and cores. Nothing of it becomes a record of a trial; what was measured is
-kept beside the plan.
+The dearest variant is found by a step or two of each; then it is measured in processes like those of trials, on a CPU
+in as many at once as trials run, since they share memory and cores. Nothing of it becomes a record of a trial; what
+was measured is kept beside the plan.
 """
 
 import os
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from core.config import EvaluationConfig, ExperimentConfig, Shapes
-from workbench import durable, provenance
+from workbench import durable, provenance, template
 from workbench.costs import Cost, Machine, probe_file, recorded
 from workbench.errors import WorkbenchError
 from workbench.records import StudyResults
@@ -82,6 +82,7 @@ def probe(
     processes = partial(
         _processes,
         address=address,
+        device=machine.device,
         threads=threads,
         gpus=min(1.0, machine.gpus),
         log=probe_file(store, plan).with_suffix(".log"),
@@ -130,12 +131,19 @@ def probe_where_needed(
         probe(results.plan, Store(results.runs), machine, allow_code=allow_code, tell=tell)
 
 
-def _processes(count: int, *, address: str | None, threads: int, gpus: float, log: Path) -> AbstractContextManager[Any]:
-    if address is None:
-        return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-    from workbench.ray_executor import measuring  # Ray takes seconds
+def _processes(
+    count: int, *, address: str | None, device: str, threads: int, gpus: float, log: Path
+) -> AbstractContextManager[Any]:
+    """Return processes like those of trials: on a CPU forks of one that has imported torch, else they share nothing."""
+    if address is not None:
+        from workbench.ray_executor import measuring  # Ray takes seconds
 
-    return measuring.processes(address, cores=threads, gpus=gpus, log=log)
+        return measuring.processes(address, cores=threads, gpus=gpus, log=log)
+    forks = template.AVAILABLE and device == "cpu"
+    context = get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(list(template.MODULES))
+    return ProcessPoolExecutor(count, mp_context=context)
 
 
 def _mean(found: list[Measured]) -> Measured:

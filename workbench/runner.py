@@ -133,7 +133,7 @@ class Run:
         started = max(1, self.store.results_for(self.plan).looks_started)
         looks = self.plan.study.looks
         over = all(map(self._over, self.plan.at_look(looks[-1 if self.options.until_decided else started - 1])))
-        if over and self.plan.study.search is None:
+        if over:
             return
         gate.require(self.budget, self.options, say=self.say)
 
@@ -285,7 +285,8 @@ class Run:
             return True
         self._record_lost(trials)
         retries = self.plan.study.execution.retries
-        if len(trials) > 1 and canary_says(self.store, trials[0].trial_id, self.driver, retries=retries) == "stop":
+        alone = self.searching is not None or len(trials) == 1  # a search has a canary of its own
+        if not alone and canary_says(self.store, trials[0].trial_id, self.driver, retries=retries) == "stop":
             self.say("The first trial could not take a single step, so the others were not begun.")
             return False
         if self._begun(trials) == begun and not self._elsewhere(trials):
@@ -345,7 +346,7 @@ class Run:
         spent = time.monotonic() - self.began
         reason = self.budget.refuses_look(number + 1, spent=spent, budget_seconds=self.budget_seconds)
         if reason is not None:
-            self.say(f"Undecided: {', '.join(undecided)}. {reason}: raise --budget to go on.")
+            self.say(f"Undecided: {', '.join(undecided)}. {reason}.")
         return reason is None
 
     def _slots(self) -> int:

@@ -109,9 +109,14 @@ def _damaged(what: object) -> StoreError:
     return StoreError(f"{what} is damaged: remove it, and the same command writes it anew")
 
 
+def own_name(variant: str) -> str:
+    """Return the variant of the study file that a configuration is of, by what the configuration is called."""
+    return variant.partition(MARK)[0]
+
+
 def own_variants(plan: Plan) -> tuple[Variant, ...]:
     """Return the variants of the study file, without the configurations tried of them."""
-    return tuple(variant for variant in plan.study.variants if MARK not in variant.name)
+    return tuple(variant for variant in plan.study.variants if variant.name == own_name(variant.name))
 
 
 def expanded(plan: Plan, configurations: list[Configuration]) -> Plan:

@@ -4,13 +4,15 @@ Where trials run inline, configurations are tried one after another, variant by 
 always tries the same ones. Under Ray as many run as there are slots, and Ray Tune's ASHA may end bad ones early.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+from workbench import gate
 from workbench.budget import watching
 from workbench.errors import LIMIT_REACHED, WorkbenchError
 from workbench.labels import METRICS, POINTS
 from workbench.runner import Run
-from workbench.search import Tried
+from workbench.search import Configuration, Tried
 from workbench.search_report import told
 from workbench.searching import Searching
 from workbench.study import PlannedTrial
@@ -28,17 +30,23 @@ class SearchRun(Run):
                 f"{self.study.path}: asha compares trials that run side by side, and --executor inline runs one after "
                 "another: leave it out, or set search.scheduler to fifo"
             )
-        self._said = False
+
+    def require_gate(self) -> None:
+        """Refuse a dear search that has no passed gate; a complete one needs none."""
+        if not self.found.complete():
+            gate.require(self.budget, self.options, say=self.say)
 
     def looks(self) -> int:
         """Try every configuration; return the exit code."""
         self.store.start_look(self.ref, 1)
         if not self.found.complete():
             self.found.save()  # also the variants' own settings are on record before they are tried
-            if self.options.executor == "inline":
-                self._one_after_another()
-            else:
-                self._side_by_side()
+            self._say_search()
+            with self.budget.look(1, budget_seconds=self.budget_seconds):
+                if self.options.executor == "inline":
+                    self._one_after_another()
+                else:
+                    self._side_by_side()
         self.plan = self.found.plan()
         self.found.save()
         if self.stop.signal is not None:
@@ -66,34 +74,55 @@ class SearchRun(Run):
         from workbench import ray_executor  # noqa: F401 - before MLflow, whose import would hold Ray's up
 
         self.searching = self.found
-        self.found.on_end = self._say_tried
-        if all(item.over for item in self.found.tried()):
-            self.found.next()
-        self.plan = self.found.plan()
-        trials = tuple(trial for trial in self.plan.trials if not self._over(trial))
-        self._say_start(1, trials)
+        self.found.on_end, self.found.may_begin = self._say_tried, self._may_begin
+        trials = self._left()
+        self.house.prepare(self.plan, trials, at_once=self._slots())
         self.mirror.start()
+        checks = (self.budget.passed, gate.watch(self.budget, without_gate=self.options.without_gate, say=self.say))
         room = self.house.watching(self._stop_for_disk)
-        with watching((self.budget.passed,), self.stop), room, self.stop.gently():
-            self._execute(trials)
-            while self.stop.paused():
-                self._wait_out_pause()
-                if not self.stop.requested():
-                    self._execute(trials)
+        with watching(checks, self.stop), room, self.stop.gently():
+            while trials and not self.stop.requested():
+                if self.stop.paused():
+                    self._wait_out_pause()
+                elif not self._execute(trials) or self._hopeless():
+                    break
+                trials = self._left()
         self.tried.update(item.trial_id for item in self.found.configurations)
-        if not self.stop.requested() and not any(item.epochs or item.over for item in self.found.tried()):
-            self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")
+
+    def _left(self) -> tuple[PlannedTrial, ...]:
+        """Return the configurations to go on with or to wait for; where there is none, a new one."""
+        trials = self._all()
+        running = tuple(trial for trial in trials if self.store.state(trial.trial_id) == "running")
+        left = (*self._candidates(trials), *running)
+        return left or (self._candidates(self._all()) if self.found.next() else ())
+
+    def _hopeless(self) -> bool:
+        """Tell whether no configuration could be begun, and say so: the next ones would fail as well."""
+        if self.stop.requested() or self.stop.paused() or any(item.epochs or item.over for item in self.found.tried()):
+            return False
+        self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")
+        return True
+
+    def _all(self) -> tuple[PlannedTrial, ...]:
+        self.plan = self.found.plan()
+        return self.plan.trials
 
     def _over(self, trial: PlannedTrial) -> bool:
         return super()._over(trial) or self.found.was_stopped(trial.trial_id)
 
-    def _record_lost(self, trials: tuple[PlannedTrial, ...]) -> None:
-        super()._record_lost(tuple(trial for trial in trials if not self._over(trial)))
+    def _may_begin(self, configuration: Configuration, at_work: Iterable[Configuration]) -> bool:
+        """Tell whether a configuration is expected to end below the cap of GPU-hours, as others do that are at work."""
+        self.plan = self.found.plan()
+        trial, *others = map(self.found.planned, (configuration, *at_work))
+        return self._over(trial) or bool(self.budget.affordable((trial,), at_work=tuple(others)))
 
-    def _say_start(self, number: int, trials: tuple[PlannedTrial, ...]) -> None:  # noqa: ARG002 - as for a look
-        if self._said:
-            return
-        self._said = True
+    def _record_lost(self, trials: tuple[PlannedTrial, ...]) -> None:  # noqa: ARG002 - more were suggested meanwhile
+        super()._record_lost(tuple(trial for trial in self._all() if not self._over(trial)))
+
+    def _say_start(self, number: int, trials: tuple[PlannedTrial, ...]) -> None:
+        """Say nothing of a single configuration: `_say_search` has said what is going on."""
+
+    def _say_search(self) -> None:
         search, over = self.found.search, sum(item.over for item in self.found.tried())
         self.say(
             f"{self.study.name} ({self.study.profile}): a search ({search.method}, {search.scheduler}) of "

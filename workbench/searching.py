@@ -1,6 +1,6 @@
 """The driver's side of a search: what is tried next, what is over, and `search.json`, which says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +37,11 @@ def _nobody(_trial_id: str) -> None:
     """Tell nobody."""
 
 
+def _always(_configuration: Configuration, _at_work: Iterable[Configuration]) -> bool:
+    """Let every configuration begin."""
+    return True
+
+
 class Searching:
     """The configurations of a plan that searches, on record before they are tried.
 
@@ -50,6 +55,7 @@ class Searching:
         self.search: Search = plan.study.search
         self.store = store
         self.on_end: Callable[[str], None] = _nobody  # told the trial of a configuration that is over
+        self.may_begin: Callable[[Configuration, Iterable[Configuration]], bool] = _always  # beside those at work
         self.ending: set[str] = set()  # trials that this driver has stopped early
         self.folder = ref.path
         self.base = plan

@@ -10,12 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workbench import checks, durable
+from workbench import checks, durable, search
 from workbench.errors import StoreError
 from workbench.records import Verdict
 from workbench.study import FEWEST_SEEDS, Plan
 
 _FILES = ("plan.json", "registered.json", "looks.json", "verdicts.json")
+_WATCHED = (*_FILES, search.FILE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class RegisteredPlan:
     registered_at: str  # UTC, ISO 8601
     plain: dict[str, Any]  # plan.json
     claims: dict[str, str]  # identity -> id
-    trials: frozenset[tuple[str, str]]  # variant, id
+    trials: frozenset[tuple[str, str]]  # variant, id; of a search also each configuration on record
     looks: tuple[dict[str, Any], ...]
     looks_started: int
     verdicts: dict[str, Verdict]  # claim's id -> the verdict stored last
@@ -39,7 +40,7 @@ def read(folder: Path) -> RegisteredPlan | None:
     Raises:
         StoreError: a file of it is damaged, or a later version of the workbench wrote it.
     """
-    stamp = tuple(durable.stamp(folder / name) for name in _FILES)
+    stamp = tuple(durable.stamp(folder / name) for name in _WATCHED)
     return None if None in stamp[:2] else _read(folder, stamp)
 
 
@@ -49,6 +50,7 @@ def _read(folder: Path, stamp: tuple[object, ...]) -> RegisteredPlan:  # noqa: A
         plain, registered = (_object(folder / name) for name in _FILES[:2])
         durable.check_time(registered["registered_at"])
         started, judged = (folder / name for name in _FILES[2:])
+        configurations = [(item.name, item.trial_id) for item in search.read(folder)]
         damaged = [path for path in (started, judged) if is_damaged(path)]
         if not all(
             isinstance(name, str) for trial in plain["trials"] for name in (trial["variant"], trial["trial_id"])
@@ -60,7 +62,7 @@ def _read(folder: Path, stamp: tuple[object, ...]) -> RegisteredPlan:  # noqa: A
             registered_at=registered["registered_at"],
             plain=plain,
             claims=claims,
-            trials=frozenset((trial["variant"], trial["trial_id"]) for trial in plain["trials"]),
+            trials=frozenset([*((trial["variant"], trial["trial_id"]) for trial in plain["trials"]), *configurations]),
             looks=tuple(plain["study"]["looks"]),
             looks_started=len(checks.looks(durable.read_json(started))),
             verdicts={verdict.claim: verdict for verdict in checks.verdicts(durable.read_json(judged))},

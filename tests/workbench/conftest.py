@@ -1,6 +1,7 @@
 """What the tests of records and execution share: a tiny study, and a trainer that only pretends."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from core.events import CheckpointSaved, Diverged, EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
+from workbench import bands, gate
 from workbench.plan import make_plan
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
@@ -24,6 +26,22 @@ variants:
 claims:
   - {id: sharp_better, text: Sharp is better., plus: sharp, minus: plain, metric: ap, kind: superiority}
 scope: seeds
+"""
+PROFILE = """\
+looks: {seeds: [2], alpha: [0.05]}
+margins: {ap: 0.02}
+set:
+  model.hidden_dim: 32
+  model.num_heads: 4
+  model.ffn_dim: 48
+  model.backbone: {kind: small_resnet, width: 8}
+  model.extra_levels: 0
+  model.encoder: {num_layers: 0, attention: {num_points: 2}}
+  model.decoder: {num_layers: 2, attention: {num_points: 2}}
+  model.queries.num_queries: 10
+  data: {kind: coco, resize: {kind: fixed, height: 48, width: 64}, augmentation: flip}
+  evaluation.training_subset: 2
+  training: {epochs: 3, batch_size: 2, lr: 2.0e-3, lr_backbone: 2.0e-3, ema_decay: 0.9}
 """
 TINY = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=1")
 
@@ -190,3 +208,30 @@ def _result(outcome, step, checkpoint: Path):
         checkpoint=checkpoint,
         num_parameters=7,
     )
+
+
+@pytest.fixture
+def asked_without_file(toy_study, tmp_path):
+    """Return what a gate is asked for, but its official file: the toy study, a tiny model, a folder of 7 pictures."""
+    from evaluated import make_folder  # brings torch
+
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "tiny.yaml").write_text(PROFILE)
+    return gate.Asked(profile="tiny", study=toy_study, data=make_folder(tmp_path / "coco"))
+
+
+@pytest.fixture
+def asked(asked_without_file, tmp_path, monkeypatch):
+    """Return the same with a file that stands for an official one: its recipe and AP are found at once."""
+    path = tmp_path / "official.pth"
+    path.write_bytes(b"stands for 160 MB")
+    monkeypatch.setattr(gate, "_official", lambda *_: ("deformable", 50))
+    monkeypatch.setattr(gate, "scored", lambda *_: {"ap": 0.445, "num_pictures": 3})
+    return replace(asked_without_file, checkpoint=path)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Let a gate train four steps, compared in windows of two."""
+    for name, value in (("STEPS", 4), ("WINDOW", 2), ("SEEDS", 2)):
+        monkeypatch.setattr(bands, name, value)

@@ -1,24 +1,21 @@
 """What a run may spend: wall time for further looks, and GPU-hours of all attempts. A second is a GPU-hour here."""
 
-import io
 import os
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from costly import ON_GPUS, costing, hold_gpus, run
 
 from workbench import attempts, budget, durable, runner
 from workbench.attempts import Attempt
 from workbench.budget import Budget, Meter, gpu_seconds, watching
-from workbench.costs import Machine, probe_file
+from workbench.costs import Machine
+from workbench.errors import LIMIT_REACHED
 from workbench.execution import StopRequest
 from workbench.processes import Process
-from workbench.runner import LIMIT_REACHED, Options, run_study
 
-NOWHERE = "http://127.0.0.1:9"
-GPUS = 3600.0  # of a trial, so that a second is a GPU-hour
-ON_GPUS = Machine(device="cpu", at_once=2, gpus=GPUS)
 GONE = Process(host=Process.current().host, boot="an earlier one", pid=1, started=1)
 
 
@@ -51,11 +48,9 @@ def vars_of(process):
 
 @pytest.fixture
 def on_gpus(monkeypatch):
-    """Let every attempt hold `GPUS`, and every run plan with them and ask for no gate."""
-    monkeypatch.setattr(budget, "gpus_of", lambda _: GPUS)
-    monkeypatch.setattr(runner, "machine_of", lambda *_, **__: replace(ON_GPUS, at_once=1))
+    """Let every trial hold GPUs, and ask for no gate."""
+    hold_gpus(monkeypatch)
     monkeypatch.setattr(runner.gate, "require", lambda *_, **__: None)
-    monkeypatch.setattr(budget, "WATCH_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -72,20 +67,6 @@ def limited(toy_plan, store, stop, on_gpus):
         return Budget(plan, store, machine=ON_GPUS, gpu_hours=cap, stop=stop, say=lambda _: None)
 
     return make
-
-
-def costing(store, plan, seconds):
-    """Let a kept probe say what a trial costs."""
-    cost = {
-        "seconds": seconds,
-        "low": seconds,
-        "high": seconds,
-        "memory_bytes": 1,
-        "disk_bytes": 1,
-        "source": "a probe",
-    }
-    names = [variant.name for variant in plan.study.variants]
-    durable.write_json(probe_file(store, plan), {"device": "cpu", "costs": dict.fromkeys(names, cost)})
 
 
 def test_every_attempt_counts_however_it_ended(monkeypatch):
@@ -184,8 +165,23 @@ def test_a_look_fits_by_what_its_trials_are_expected_to_take(two_looks_of_ten, s
     assert plans.refuses_look(1, spent=100.0, budget_seconds=None) is None
     assert plans.refuses_look(1, spent=100.0, budget_seconds=411.0) is None
     assert plans.refuses_look(1, spent=100.0, budget_seconds=409.0) == (
-        "The next look needs about 5 min 10 s, and 5 min 09 s of the budget are left"
+        "The next look needs about 5 min 10 s, and 5 min 09 s of the budget are left: raise --budget to go on"
     )
+
+
+def test_a_look_that_the_cap_cannot_pay_for_is_not_begun(two_looks_of_ten, store, limited):
+    """20 trials of 10 GPU-hours: half a look decides nothing. What failed and was preempted is gone from the cap."""
+    costing(store, two_looks_of_ten, 10.0)
+    assert limited(200.0, plan=two_looks_of_ten).refuses_look(1, spent=0.0, budget_seconds=None) is None
+    first, second = (trial.trial_id for trial in two_looks_of_ten.trials[:2])
+    tried(store, first, attempt(1, seconds=4.0, outcome="failed"), attempt(2, seconds=3.0, outcome="interrupted"))
+    tried(store, second, attempt(1, seconds=2.0, outcome="failed"))
+    plans = limited(208.0, plan=two_looks_of_ten)
+    assert plans.refuses_look(1, spent=0.0, budget_seconds=None) == (
+        "The next look needs about 200 GPU-hours, and 9 of 208 GPU-hours are spent, all attempts counted. "
+        "Raise it with --gpu-hours or execution.gpu_hours to go on"
+    )
+    assert limited(209.0, plan=two_looks_of_ten).refuses_look(1, spent=0.0, budget_seconds=None) is None
 
 
 @pytest.fixture
@@ -203,17 +199,10 @@ def two_looks_of_ten(toy_plan):
     return replace(toy_plan, study=study, trials=trials, specs=specs)
 
 
-def run(plan, store, trainer, **options):
-    """Run a plan inline; return exit code and what was said."""
-    out, err = io.StringIO(), io.StringIO()
-    options = {"executor": "inline", "tracking_uri": NOWHERE, "trainer": trainer, **options}
-    return run_study(plan, store, Options(**options), out=out, err=err), err.getvalue()
-
-
 def test_a_run_stops_at_its_cap_and_goes_on_when_it_is_raised(toy_plan, store, toy_trainer, on_gpus):
     """The running trial writes a checkpoint, no other begins, the exit code and the line say so; a raise goes on."""
     slow = toy_trainer(steps=40, before_step=lambda _: time.sleep(0.02))
-    code, err = run(toy_plan, store, slow, gpu_hours=0.3)
+    code, _, err = run(toy_plan, store, slow, gpu_hours=0.3)
     assert code == LIMIT_REACHED
     assert [store.state(trial.trial_id) for trial in toy_plan.trials] == ["interrupted", *["pending"] * 3]
     record = store.record(toy_plan.trials[0].trial_id)
@@ -222,12 +211,12 @@ def test_a_run_stops_at_its_cap_and_goes_on_when_it_is_raised(toy_plan, store, t
     assert "To go on, with what is said: python -m workbench" in err
     assert Meter(store, toy_plan).gpu_hours() < 0.3 + 1.0
 
-    code, err = run(toy_plan, store, slow, gpu_hours=0.05)  # what an attempt says of itself may be a little less
+    code, _, err = run(toy_plan, store, slow, gpu_hours=0.05)  # what an attempt says of itself may be a little less
     assert code == LIMIT_REACHED
     assert [store.record(trial.trial_id).attempts for trial in toy_plan.trials] == [1, 0, 0, 0]
     assert "no further trial is started" in err
 
-    code, _ = run(toy_plan, store, toy_trainer(steps=40), gpu_hours=60.0)
+    code, _, _ = run(toy_plan, store, toy_trainer(steps=40), gpu_hours=60.0)
     assert code == 0
     assert [store.record(trial.trial_id).attempts for trial in toy_plan.trials] == [2, 1, 1, 1]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from rated import SEARCH, SETS
 from toys import executed
 
 from workbench import attempts
-from workbench.store import Store
+from workbench.execution import ask
+from workbench.store import STOP_FILE, Store
 
 pytestmark = pytest.mark.ci
 
@@ -23,25 +25,43 @@ DRIVER = """\
 import sys
 from pathlib import Path
 from rated import SETS, RatedTrainer
+from workbench import budget, runner
+from workbench.costs import Machine
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
-plan = make_plan(load_study(Path(sys.argv[1]), Selection(profile="smoke", sets=SETS)))
-options = Options(trainer=RatedTrainer(seconds=0.12), tracking_uri="http://127.0.0.1:9")
-sys.exit(run_study(plan, Store(Path(sys.argv[2])), options, out=sys.stdout, err=sys.stderr))
+study, runs, *cap = sys.argv[1:]
+if cap:  # each trial is said to hold so many GPUs that a second is a GPU-hour
+    budget.gpus_of = lambda _: 3600.0
+    budget.WATCH_SECONDS = 0.2
+    runner.machine_of = lambda *_, **__: Machine(device="cpu", at_once=2, gpus=3600.0)
+plan = make_plan(load_study(Path(study), Selection(profile="smoke", sets=SETS)))
+cap = float(cap[0]) if cap else None
+options = Options(
+    trainer=RatedTrainer(seconds=0.12), tracking_uri="http://127.0.0.1:9", gpu_hours=cap, without_gate=True
+)
+sys.exit(run_study(plan, Store(Path(runs)), options, out=sys.stdout, err=sys.stderr))
 """
 
 
-def _start(study, runs):
+def _start(study, runs, *cap):
     path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "faults"), str(ROOT)]
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(study), str(runs)],
+        [sys.executable, "-c", DRIVER, str(study), str(runs), *map(str, cap)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
     )
+
+
+def _await(driver, happened):
+    give_up = time.monotonic() + PATIENCE
+    while not happened():
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
 
 
 def _found(runs):
@@ -59,11 +79,7 @@ def test_asha_and_optuna_go_on_after_a_kill(tmp_path):
     study.write_text(SEARCH.format(method="optuna", scheduler="asha", configurations=8))
     store = Store(runs)
     with _start(study, runs) as driver:
-        give_up = time.monotonic() + PATIENCE
-        while len(list(runs.glob("trials/*/result.json"))) < 2:
-            assert driver.poll() is None, driver.communicate()[1]
-            assert time.monotonic() < give_up
-            time.sleep(0.1)
+        _await(driver, lambda: len(list(runs.glob("trials/*/result.json"))) >= 2)
         driver.kill()
     early = {path.parent.name: attempts.read(path.parent) for path in runs.glob("trials/*/result.json")}
     known = [row["trial_id"] for row in _found(runs)["configurations"]]
@@ -93,6 +109,61 @@ def test_asha_and_optuna_go_on_after_a_kill(tmp_path):
     assert (driver.returncode, "Starting the processes" in err) == (0, False), err
     assert time.monotonic() - began < 30
     assert _found(runs) == told
+
+
+def _steps(runs):
+    return {path.name: executed(path) for path in runs.glob("trials/*")}
+
+
+def _each_step_once(runs):
+    return all(steps == list(range(1, 17)) for steps in _steps(runs).values())
+
+
+def test_a_paused_search_waits_and_goes_on_and_so_does_one_that_is_stopped(tmp_path):
+    """No trial is at work in a pause; after `resume`, and after Ctrl-C, each goes on where it was: no step is lost."""
+    study, runs = tmp_path / "rates.yaml", tmp_path / "runs"
+    study.write_text(SEARCH.format(method="random", scheduler="fifo", configurations=3))
+    store = Store(runs)
+    with _start(study, runs) as driver:
+        _await(driver, lambda: any(_steps(runs).values()))
+        (folder,) = runs.glob("studies/rates/smoke/*")
+        ask(folder / STOP_FILE, "pause")
+        _await(driver, lambda: not any(store.state(name) == "running" for name in _steps(runs)))
+        before = _steps(runs)
+        time.sleep(3)
+        assert _steps(runs) == before
+        ask(folder / STOP_FILE, None)
+        _await(driver, lambda: len(list(runs.glob("trials/*/result.json"))) >= 2)
+        _await(driver, lambda: any(store.state(name) == "running" for name in _steps(runs)))
+        driver.send_signal(signal.SIGINT)
+        _, err = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 130, err
+    assert err.count("Paused, with no trial at work. To go on: python -m workbench resume") == 1
+    assert "Interrupted; nothing that was finished is lost" in err
+    assert not _found(runs)["complete"]
+    with _start(study, runs) as driver:
+        _, err = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 0, err
+    assert (_found(runs)["complete"], len(_steps(runs)), _each_step_once(runs)) == (True, 6, True)
+
+
+def test_the_cap_of_gpu_hours_ends_a_search_and_a_higher_one_goes_on(tmp_path):
+    """Trials at work write a checkpoint and end, none begins; the same cap begins nothing more."""
+    study, runs = tmp_path / "rates.yaml", tmp_path / "runs"
+    study.write_text(SEARCH.format(method="random", scheduler="fifo", configurations=4))
+    with _start(study, runs, 5.0) as driver:
+        _, err = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 4, err
+    assert "of 5 GPU-hours are spent, all attempts counted" in err
+    before = _steps(runs)
+    assert 0 < sum(map(len, before.values())) < 8 * 16
+    with _start(study, runs, 5.0) as driver:
+        _, err = driver.communicate(timeout=PATIENCE)
+    assert (driver.returncode, _steps(runs)) == (4, before), err
+    with _start(study, runs, 1000.0) as driver:
+        _, err = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 0, err
+    assert (_found(runs)["complete"], len(_steps(runs)), _each_step_once(runs)) == (True, 8, True)
 
 
 def test_search_then_comparison_with_the_real_detector(tmp_path):

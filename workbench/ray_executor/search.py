@@ -73,7 +73,7 @@ class _Source(_Unkept, Searcher):
     def __init__(self, searching: Searching, known: list[Configuration], *, stopping: Callable[[], bool]) -> None:
         super().__init__(metric=_SCORE, mode=searching.search.mode)
         self._searching, self._waiting, self._stopping = searching, list(known), stopping
-        self._given: dict[str, Configuration] = {}  # by Tune's own id of a trial
+        self._given: dict[str, Configuration] = {}  # and are at work, by Tune's own id of a trial
         self._has_begun = self._hopeless = False
 
     def suggest(self, trial_id: str) -> Any:
@@ -81,10 +81,11 @@ class _Source(_Unkept, Searcher):
             return None
         if self._hopeless:
             return Searcher.FINISHED
-        found = self._waiting.pop(0) if self._waiting else self._searching.next()
-        if found is None:
-            return None
-        self._given[trial_id] = found
+        if not self._waiting and (new := self._searching.next()):
+            self._waiting.append(new)
+        if not self._waiting or not self._searching.may_begin(self._waiting[0], self._given.values()):
+            return None  # for now: Tune asks again
+        found = self._given[trial_id] = self._waiting.pop(0)
         return {
             "variant": found.variant,
             "number": found.number,
@@ -96,7 +97,7 @@ class _Source(_Unkept, Searcher):
         """Learn nothing from Tune: the records say it."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - as Tune's
-        ended = self._given[trial_id].trial_id
+        ended = self._given.pop(trial_id).trial_id
         self._searching.save()
         self._searching.on_end(ended)
         self._has_begun |= self._searching.store.record(ended).step > 0
