@@ -106,8 +106,13 @@ class Store:
         """Keep a plan and the text of its study file, once; later calls with the same plan change nothing.
 
         The time of the first registration is kept: a claim registered after a trial of its own finished is post hoc.
+
+        Raises:
+            StoreError: there are links in the folders of the plan or its trials.
         """
         folder = self.study_dir(plan)
+        for place in (folder, *map(self.trial_dir, plan.specs)):
+            durable.refuse_links(place)
         for name in ("plan.json", "registered.json"):
             siblings.set_aside_damaged(folder / name)
         kept = durable.read_json(folder / "plan.json")

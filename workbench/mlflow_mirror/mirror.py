@@ -11,6 +11,7 @@ from workbench.mlflow_mirror.api import Api, answered, connect, default_uri
 from workbench.mlflow_mirror.sender import Sender
 from workbench.mlflow_mirror.state import State
 from workbench.records import StudyRef, StudyResults
+from workbench.screen import line_to
 from workbench.store import Store
 from workbench.study import Plan
 
@@ -31,9 +32,7 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
     code = 0
     away: set[str] = set()  # asked once, not again for every study
 
-    def warn(line: str) -> None:
-        err.write(line + "\n")
-
+    warn = line_to(err)
     for ref in store.studies():
         try:
             results = store.results(ref)
