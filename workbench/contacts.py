@@ -1,6 +1,6 @@
-"""Whom a study file makes this machine talk to: nobody, or the MLflow server that it names.
+"""Whom a study file, or a record, makes this machine talk to: nobody, or the MLflow server that it names.
 
-A study file may be a stranger's. So the server is told before anything is sent, it can only be a server, and what
+Both may be a stranger's. So the server is told before anything is sent, it can only be a server, and what
 proves who the user is goes there only when the user has named the same address.
 """
 
@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from workbench.errors import WorkbenchError
 from workbench.study import Study
+from workbench.tracking import CREDENTIALS, is_remote
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
-_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _NEED = "a file may name an MLflow server alone, as http://HOST:PORT"
 
 
@@ -29,7 +29,7 @@ def server(address: str) -> str:
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError(f"found one of kind {parts.scheme[:20]!r}; {_NEED}; others are for --tracking-uri")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(f"holds a user, a password or a query; {_NEED}, and set {_CREDENTIALS[0]} and so on")
+        raise ValueError(f"holds a user, a password or a query; {_NEED}, and set {CREDENTIALS[0]} and so on")
     return address
 
 
@@ -47,9 +47,23 @@ def refuse_credentials(study: Study) -> None:
     Raises:
         WorkbenchError: the file names a server, and MLflow's credentials are set.
     """
-    uri = named_by_file(study)
-    if uri is not None and (found := [name for name in _CREDENTIALS if os.environ.get(name)]):
+    if (uri := named_by_file(study)) is not None:
+        _refuse_credentials(f"{study.path}: its tracking_uri {uri}", uri)
+
+
+def refuse_credentials_of_records(uri: str) -> None:
+    """Refuse to prove who the user is to a server that only records name, which may be a stranger's.
+
+    Raises:
+        WorkbenchError: they name a server, and MLflow's credentials are set.
+    """
+    if is_remote(uri) and uri != os.environ.get(_VARIABLE):
+        _refuse_credentials(f"{uri}, which its records name,", uri)
+
+
+def _refuse_credentials(server_in_words: str, uri: str) -> None:
+    if found := [name for name in CREDENTIALS if os.environ.get(name)]:
         raise WorkbenchError(
-            f"{study.path}: its tracking_uri {uri} would be sent {' and '.join(found)}: where you trust it with them, "
-            f"say so with --tracking-uri {uri}; else unset them"
+            f"{server_in_words} would be sent {' and '.join(found)}: where you trust it with them, say so with "
+            f"--tracking-uri {uri}; else unset them"
         )

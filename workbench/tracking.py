@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from workbench.errors import WorkbenchError
 
-USER, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
+CREDENTIALS = USER, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 _SECRET_WORDS = ("pass", "pwd", "token", "secret", "key")
 _SHORTEST_SECRET = 4  # shorter ones would blank out common words
 

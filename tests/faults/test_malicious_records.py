@@ -1,15 +1,23 @@
 """Pictures and records of strangers that mean harm: nothing is read or written elsewhere, and texts stay texts."""
 
 import json
+import socket
+from dataclasses import replace
+from io import StringIO
 
 import pytest
-from strangers import HEAD, tiny_plan
+from mutants import STUDY
+from strangers import HEAD, study_of, tiny_plan
 
-from workbench.errors import DataError, StoreError
+from workbench import cli, commands, contacts, durable, report
+from workbench.errors import DataError, StoreError, WorkbenchError
 from workbench.mlflow_mirror import sync
 from workbench.plan import make_plan, plan_from_json, plan_to_json
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
+from workbench.terminal import STEERING as STEERING_CHARACTERS
+from workbench.trial import execute
+from workbench.verdict import judge
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "a/../../x.jpg", "..", "a\0b"])
@@ -43,9 +51,125 @@ def test_records_of_strangers_name_no_folder_elsewhere(tmp_path):
     (folder / "plan.json").write_text(text.replace(eval_id, "../../../../.ssh"))
     (folder / "registered.json").write_text('{"format": 1, "registered_at": "2026-01-01T00:00:00.000+00:00"}')
 
-    class Screen(list):
-        write = list.append
-
-    screen = Screen()
+    screen = StringIO()
     assert sync(store, tracking_uri="http://127.0.0.1:9", err=screen) == 1
-    assert "a plan with a name that is none" in "".join(screen)
+    assert "a plan with a name that is none" in screen.getvalue()
+
+
+@pytest.mark.parametrize("place", ["events.jsonl", "checkpoints", "provenance/0001.json", "."])
+def test_nothing_is_written_through_a_link_in_a_trial(tmp_path, place):
+    """A link in a trial's folder, or in the folder's place, is refused before a line of the trial is written."""
+    plan, store = tiny_plan(tmp_path), Store(tmp_path / "runs")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    spec = plan.specs[plan.trials[0].trial_id]
+    link = store.trial_dir(spec.trial_id) / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside / "file" if link.suffix else outside)
+    with pytest.raises(StoreError, match=r"is a link to .*outside"):
+        store.register(plan, source="")
+    with pytest.raises(StoreError, match=r"is a link to .*outside"):
+        execute(spec, store.root, should_stop=lambda: False)
+    assert list(outside.iterdir()) == []
+
+
+def test_a_report_is_not_written_through_a_link(tmp_path, capsys):
+    """The question of a stranger's study does not become a line of a file that a link in its records leads to."""
+    path = study_of(tmp_path, STUDY)
+    keys = tmp_path / "authorized_keys"
+    keys.write_text("mine\n")
+    folder = Store(tmp_path / "runs").study_dir(tiny_plan(tmp_path))
+    folder.mkdir(parents=True)
+    (folder / "report.md").symlink_to(keys)
+    runs = ["--runs", str(tmp_path / "runs"), "--executor", "inline"]
+    assert cli.main(["run", str(path), "--profile", "tiny", *runs]) == 2
+    assert "report.md: is a link to" in capsys.readouterr().err
+    assert keys.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("option", ["--on-end", "--allow-code", "--on-end=touch x", "--runs", "x"])
+def test_lines_to_copy_hold_no_option_of_a_stranger(tmp_path, option):
+    """A record whose selection would make the line that repeats it run a command cannot be read."""
+    plain = plan_to_json(tiny_plan(tmp_path))
+    plain["study"]["selection"] += [option, "touch x"]
+    with pytest.raises(StoreError, match="one that chooses nothing of a study"):
+        plan_from_json(plain)
+
+
+def test_a_study_file_that_is_called_like_an_option_is_still_a_file(tmp_path):
+    """The line that repeats a study names its file, whatever that is called."""
+    plan, store = tiny_plan(tmp_path), Store(tmp_path / "runs")
+    plain = plan_to_json(plan)
+    plain["study"]["path"] = "--on-end=touch x"
+    results = store.results_for(plan_from_json(plain))
+    assert "run './--on-end=touch x' " in commands.command(results)
+
+
+STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\ud800"
+
+
+def test_texts_of_records_steer_no_terminal(tmp_path, capsys):
+    """What a stranger wrote into a plan comes out of status and report as escapes, on every stream."""
+    plan, store = tiny_plan(tmp_path), Store(tmp_path / "runs")
+    folder = store.register(plan, source="").path
+    named = json.loads(json.dumps(plan_to_json(plan)).replace('"sharp"', json.dumps(STEERING)))
+    durable.write_json(folder / "plan.json", named)
+    runs = ["--runs", str(store.root)]
+    assert cli.main(["status", *runs]) == 0
+    named["study"]["scope"] = "x"  # which no plan is: the message tells the place with the value
+    named["trials"][0]["trial_id"] = STEERING
+    durable.write_json(folder / "plan.json", named)
+    assert cli.main(["status", *runs]) == 0
+    said = "".join(capsys.readouterr())
+    assert r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\ud800" in said
+    assert not STEERING_CHARACTERS.search(said)
+
+
+def test_texts_make_neither_markup_nor_links_in_a_report(fake_results):
+    """Markdown, HTML and LaTeX show the question and the claims of a stranger as they are written."""
+    results = fake_results({"base": [0.3] * 5, "a": [0.4] * 5})
+    evil = "[x](http://evil) ![p][y] [y]: http://evil/p.png <script>alert(1)</script>\n\n# *Big* `a` ~~b~~ \x1b[2J"
+    study = replace(results.plan.study, question=evil)
+    claim = replace(study.claims[0], text=evil)
+    results = replace(results, plan=replace(results.plan, study=replace(study, claims=(claim,))))
+    results = replace(results, verdicts=judge(results))
+    as_markdown = report.render(results, format="md")
+    assert "](" not in as_markdown
+    assert "]:" not in as_markdown
+    assert "\n# *" not in as_markdown
+    assert "<script" not in as_markdown
+    for format_ in ("md", "html", "latex", "text"):
+        text = report.render(results, format=format_)
+        assert not STEERING_CHARACTERS.search(text), format_
+        assert "<script>" not in text or format_ in ("latex", "text")
+
+
+def test_names_with_dollars_and_markup_can_be_drawn(fake_results):
+    """A variant called like a formula is drawn under its name, and a report holds it as text."""
+    results = fake_results({"base": [0.3] * 5, r"$\frac{1$ <b>": [0.4] * 5})
+    results = replace(results, verdicts=judge(results))
+    page = report.render(results, format="html")
+    assert r"$\frac{1$ &lt;b&gt;" in page
+    assert "<b>" not in page
+
+
+def test_credentials_go_to_no_server_that_only_records_name(tmp_path, monkeypatch):
+    """Where MLflow's token is set, `sync` contacts a server of a record only when the user has named it, too."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        store = Store(tmp_path / "runs")
+        folder = store.register(tiny_plan(tmp_path), source="").path
+        durable.write_json(folder / "mlflow.json", {"tracking_uri": uri})
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "very-secret-token")
+        screen = StringIO()
+        assert sync(store, err=screen) == 1
+        assert f"{uri}, which its records name, would be sent MLFLOW_TRACKING_TOKEN" in screen.getvalue()
+        with pytest.raises(TimeoutError):  # nobody has called
+            server.accept()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    contacts.refuse_credentials_of_records(uri)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    contacts.refuse_credentials_of_records("sqlite:////tmp/mlflow.db")
+    with pytest.raises(WorkbenchError):
+        contacts.refuse_credentials_of_records(uri)

@@ -12,6 +12,7 @@ from workbench import cli, contacts
 from workbench.errors import StudyFileError, WorkbenchError
 from workbench.plan import make_plan
 from workbench.study_file import Selection, load_study
+from workbench.terminal import STEERING
 
 _BOMBS = {
     "aliases": "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
@@ -34,6 +35,14 @@ _BOMBS = {
     + "variants:\n"
     + "".join(f"  v{i}: {{set: {{training.weight_decay: {i}.0e-6}}}}\n" for i in range(50))
     + "profiles: {tiny: {looks: {seeds: [1000], alpha: [.05]}}}\n",
+    "search": HEAD
+    + "variants:\n  v0: {}\n"
+    + "".join(f"  v{i}: {{set: {{loss.weight_giou: {i}.5}}}}\n" for i in range(1, 100))
+    + "search:\n  configurations: 10\n  space:\n"
+    + "".join(
+        f"    {key}: {{values: [{', '.join(f'.{value}' for value in range(101, 201))}]}}\n"
+        for key in ("training.lr", "training.weight_decay", "loss.weight_l1", "training.lr_backbone")
+    ),
     "digits": HEAD + f"variants: {{v0: {{set: {{training.lr: {'9' * 90_000}}}}}}}\n",
     "a tag": HEAD + "variants: !!python/object/apply:os.mkdir ['x']\n",
     "size": "#" * 500_000,
@@ -50,6 +59,56 @@ def test_a_bomb_is_refused_at_once(tmp_path, bomb):
     ended = os.times()
     assert ended.user + ended.system - began.user - began.system < 2
     assert 0 < len(str(caught.value)) < 40_000
+
+
+@pytest.mark.parametrize("named", ["/dev/zero", "pipe", ".", "x" * 300])
+def test_settings_of_a_search_are_read_from_a_file_alone(tmp_path, named):
+    """A device or a pipe in the place of tuned settings, which might never end, is refused at once."""
+    os.mkfifo(tmp_path / "pipe")
+    path = study_of(
+        tmp_path, HEAD + f"variants: {{v0: {{}}, v1: {{set: {{loss.weight_giou: 4.0}}}}}}\ntuned: {named}\n"
+    )
+    with pytest.raises(StudyFileError, match=r"tuned: .* cannot be read"):
+        load_study(path, Selection(profile="tiny"))
+
+
+def test_settings_of_a_search_are_not_read_without_end(tmp_path):
+    """Of a file that is larger than any of settings no more is read than tells so."""
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(StudyFileError, match="characters; allowed"):
+        load_study(study_of(tmp_path, HEAD + "variants: {v0: {}}\ntuned: large\n"), Selection(profile="tiny"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (HEAD + "variants: {v0: !<tag:%1b]0;owned%07%1b[31mred> {}}\n", r"the tag tag:\x1b]0;owned\x07\x1b[31mred is"),
+        (HEAD + 'variants: {v0: {}}\nwhy: "\\x9b31m"\n', r"the character '\x9b' is not allowed"),
+        (HEAD + "variants: {v0: {}}\nwhy: a\u202egnp.exe\n", r"the character '\u202e' is not allowed"),
+    ],
+)
+def test_a_message_steers_no_terminal(tmp_path, capsys, text, shown):
+    """What a file holds comes to the screen as text: no escape sequence, no turned direction of writing."""
+    assert cli.main(["check", str(study_of(tmp_path, text)), "--profile", "tiny"]) == 2
+    said = capsys.readouterr().err
+    assert shown in said
+    assert not STEERING.search(said)
+
+
+@pytest.mark.parametrize("name", ["a,b", "a\nb", " a", "", "all"])
+def test_variants_have_names_that_can_be_selected(tmp_path, name):
+    """A name that `--variants` could not say, or that breaks a table, is refused at its key."""
+    text = HEAD + f"variants: {{v0: {{}}, {json.dumps(name)}: {{}}}}\n"
+    with pytest.raises(StudyFileError, match="the name of a variant is on one line, without commas"):
+        load_study(study_of(tmp_path, text), Selection(profile="tiny"))
+
+
+def test_what_a_quota_takes_from_other_studies_is_told_before(tmp_path):
+    """A study that has checkpoints of others removed says so in its plan, and so before it runs."""
+    assert any("of other studies go, too" in line for line in tiny_plan(tmp_path, STUDY).warnings)
+    without = tiny_plan(tmp_path, STUDY.replace(", quota: 2GB", ""))
+    assert not any("of other studies" in line for line in without.warnings)
 
 
 CODE = "import os\nos.mkdir(PROOF)\nclass Mine: ...\n"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from workbench import filesystem, tracking
+from workbench.contacts import refuse_credentials_of_records
 from workbench.errors import BusyError, StoreError, WorkbenchError
 from workbench.mlflow_mirror.api import Api, answered, connect, default_uri
 from workbench.mlflow_mirror.sender import Sender
@@ -37,6 +38,8 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
         try:
             results = store.results(ref)
             uri = tracking_uri or _last_uri(results) or results.plan.study.tracking_uri
+            if uri is not None and uri != tracking_uri:
+                refuse_credentials_of_records(uri)
             with store.lock(ref):
                 mirror = Mirror(store, ref, results.plan, tracking_uri=uri, warn=warn)
                 if mirror.tracking_uri in away:
