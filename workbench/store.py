@@ -153,7 +153,6 @@ class Store:
         if plan.study.search is not None:
             plan = search.expanded(plan, search.read(folder))
         records = {trial_id: self.record(trial_id) for trial_id in plan.specs}
-        mirrored = durable.read_json(folder / "mlflow.json")
         registered, unreadable = siblings.read_all(folder.parent)
         return StudyResults(
             plan=plan,
@@ -164,7 +163,7 @@ class Store:
             post_hoc=_post_hoc(plan, records, registered),
             looked_before=siblings.looked_before(plan, registered),
             unreadable=unreadable,
-            mlflow=mirrored and {key: value for key, value in mirrored.items() if key != "format"},
+            mlflow=checks.mirror(durable.read_json(folder / "mlflow.json")),
         )
 
     def start_look(self, ref: StudyRef, number: int) -> None:

@@ -5,10 +5,12 @@ import socket
 from dataclasses import replace
 from io import StringIO
 
+import pandas as pd
 import pytest
 from mutants import STUDY
 from strangers import HEAD, study_of, tiny_plan
 
+from dashboard import charts, load, parts
 from workbench import cli, commands, contacts, durable, report
 from workbench.errors import DataError, StoreError, WorkbenchError
 from workbench.mlflow_mirror import sync
@@ -153,6 +155,9 @@ def test_names_with_dollars_and_markup_can_be_drawn(fake_results):
     assert "<b>" not in page
 
 
+NO_RUNS = {"experiment_id": None, "parent_run_id": None, "runs": {}}
+
+
 def test_credentials_go_to_no_server_that_only_records_name(tmp_path, monkeypatch):
     """Where MLflow's token is set, `sync` contacts a server of a record only when the user has named it, too."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -160,7 +165,7 @@ def test_credentials_go_to_no_server_that_only_records_name(tmp_path, monkeypatc
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         store = Store(tmp_path / "runs")
         folder = store.register(tiny_plan(tmp_path), source="").path
-        durable.write_json(folder / "mlflow.json", {"tracking_uri": uri})
+        durable.write_json(folder / "mlflow.json", {"tracking_uri": uri, **NO_RUNS})
         monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "very-secret-token")
         screen = StringIO()
         assert sync(store, err=screen) == 1
@@ -173,3 +178,48 @@ def test_credentials_go_to_no_server_that_only_records_name(tmp_path, monkeypatc
     contacts.refuse_credentials_of_records("sqlite:////tmp/mlflow.db")
     with pytest.raises(WorkbenchError):
         contacts.refuse_credentials_of_records(uri)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("![p](http://evil/p.png) [a](http://evil)", r"!\[p\](http://evil/p.png) \[a\](http://evil)"),
+        ("<img src=x> **big** `code` $x$ ~~no~~ a_b", r"\<img src=x> \*\*big\*\* \`code\` \$x\$ \~\~no\~\~ a\_b"),
+        ("# heading\n\n- item", r"\# heading - item"),
+        (":red[hot] x.", r":red\[hot\] x."),
+    ],
+)
+def test_texts_on_a_page_of_the_dashboard_are_texts(text, shown):
+    """No picture is loaded from elsewhere, and no link, formula or heading is made of what a stranger wrote."""
+    assert parts.plain(text) == shown
+
+
+def test_names_in_a_chart_are_texts():
+    """Of a name with markup plotly, which reads some, gets the escaped one everywhere."""
+    name = "<a href='http://evil'>x</a>"
+    forest = pd.DataFrame({"variant": [name], "effect": [1.0], "low": [0.0], "high": [2.0], "n": [5]})
+    dots = pd.DataFrame({"variant": [name], "seed": [0], "difference": [1.0]})
+    points = pd.DataFrame({"variant": [name], "x": [1.0], "mean": [1.0], "low": [0.0], "high": [2.0], "n": [5]})
+    lines = pd.DataFrame({"variant": [name], "seed": [0], "x": [1.0], "value": [1.0]})
+    classes = pd.DataFrame({"variant": [name], "class": [name], "mean": [1.0], "sd": [0.1], "n": [5]})
+    colours = {name: "#112233"}
+    figures = (
+        charts.forest(forest, dots, baseline=name, margin=1.0, colours=colours, unit="AP points"),
+        charts.curves(points, lines, x_title="epoch", y_title="AP", colours=colours, show_seeds=True),
+        charts.per_class(classes, x_title="AP", colours=colours),
+    )
+    for figure in figures:
+        told = str(figure.update_traces(legendgroup=None))  # which nobody sees
+        assert "&lt;a href" in told
+        assert "<a href" not in told
+
+
+@pytest.mark.parametrize(
+    "content", [{"x": 1}, {"tracking_uri": 3, **NO_RUNS}, {"tracking_uri": "http://a", "runs": []}]
+)
+def test_a_memory_of_mlflow_that_is_none_is_not_believed(tmp_path, content):
+    """A stranger's mlflow.json without what it should hold breaks no page: nothing was copied, as far as is known."""
+    plan, store = tiny_plan(tmp_path), Store(tmp_path / "runs")
+    ref = store.register(plan, source="")
+    durable.write_json(ref.path / "mlflow.json", content)
+    assert load.mlflow_url(store.results(ref)) is None

@@ -87,7 +87,7 @@ def test_a_fetched_study_is_known_to_every_command(door, store, toy_plan, toy_tr
     plan = replace(toy_plan, study=replace(toy_plan.study, name="commanded", tracking_uri=door.uri))
     options = Options(executor="inline", trainer=toy_trainer(), tracking_uri=door.uri)
     assert run_study(plan, store, options, out=io.StringIO(), err=io.StringIO()) == 0
-    assert sync(store, tracking_uri=door.uri, err=io.StringIO()) == 0  # of a run on a busy machine, something may be left
+    assert sync(store, tracking_uri=door.uri, err=io.StringIO()) == 0  # of a run on a busy machine some may be left
     command = [sys.executable, "-m", "workbench"]
     folder = Path(__file__).parent.parent.parent
     runs = ["--runs", str(tmp_path / "copy")]
