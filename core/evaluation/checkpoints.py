@@ -123,18 +123,14 @@ def _ours(
 
 def _wrong_part(content: Mapping[str, Any]) -> str:
     """Say which part of one of our checkpoints is none; "" where all are."""
-    for name in ("raw", "averaged"):
-        weights = content.get(name, "")
-        if not (_is_mapping(weights, str) or (name == "averaged" and weights is None)):
-            return f"{name} holds no weights by name"
-    classes = content.get("classes")
-    if not _is_mapping(classes, int) or not all(isinstance(name, str) for name in classes.values()):
-        return "classes holds no names by category id"
-    return ""
+    raw, averaged, classes = (content.get(name, "") for name in ("raw", "averaged", "classes"))
+    if not _is_of(raw, str, object) or not (averaged is None or _is_of(averaged, str, object)):
+        return "raw or averaged holds no weights by name"
+    return "" if _is_of(classes, int, str) else "classes holds no names by category id"
 
 
-def _is_mapping(value: Any, of: type) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, of) for key in value)
+def _is_of(value: Any, keys: type, values: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, keys) and isinstance(v, values) for k, v in value.items())
 
 
 def _validated(plain: Any, path: Path) -> ExperimentConfig:

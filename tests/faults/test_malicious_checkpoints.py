@@ -134,9 +134,12 @@ _SAVED = {
     "terabytes deep inside": ({"a": [{"b": (torch.zeros(1).expand(1 << 42),)}]}, "larger than what is stored of it"),
     "detector of terabytes": (_asking_for_much(), "its weights do not fit the detector"),
     "configuration that holds itself": (_holding_itself(), "its configuration is of another version"),
-    "weights that are none": (_ours(raw=[1]), "raw holds no weights by name"),
-    "weights without names": (_ours(raw={1: torch.zeros(1)}), "raw holds no weights by name"),
-    "no averaged weights": ({key: value for key, value in _ours().items() if key != "averaged"}, "averaged holds no"),
+    "weights that are none": (_ours(raw=[1]), "raw or averaged holds no weights"),
+    "weights without names": (_ours(raw={1: torch.zeros(1)}), "raw or averaged holds no weights"),
+    "no averaged weights": (
+        {key: value for key, value in _ours().items() if key != "averaged"},
+        "raw or averaged holds no weights",
+    ),
     "classes that are none": (_ours(classes=7), "classes holds no names"),
     "classes without names": (_ours(classes={1: None}), "classes holds no names"),
 }
