@@ -1,9 +1,15 @@
 """Pictures and records of strangers that mean harm: nothing is read or written elsewhere, and texts stay texts."""
 
 import json
+import os
 import socket
+import struct
+import subprocess
+import sys
+import zlib
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -21,6 +27,8 @@ from workbench.terminal import STEERING as STEERING_CHARACTERS
 from workbench.trial import execute
 from workbench.verdict import judge
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "a/../../x.jpg", "..", "a\0b"])
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -34,6 +42,36 @@ def test_annotations_that_lead_out_of_the_folder_are_refused(coco_folder, tmp_pa
     study.write_text(HEAD + "variants: {v0: {set: {loss.weight_giou: 4.0}}}\n")
     with pytest.raises(DataError, match=r"1 file names lead out of the folder of pictures"):
         make_plan(load_study(study, Selection(profile="pictures", data=coco_folder)))
+
+
+def test_a_small_file_does_not_become_a_huge_picture(tmp_path):
+    """A picture of more pixels than anybody trains with counts as unreadable, and no memory is taken for it."""
+    path = tmp_path / "bomb.png"
+    path.write_bytes(_png_of_zeros(width=16_384, height=16_384))
+    assert path.stat().st_size < 1 << 20
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from core.data.decoding import decode\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert decode(Path(sys.argv[1])) is None\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OPENCV_IO_MAX_IMAGE_PIXELS"}
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert int(done.stdout) < 100, done.stderr
+
+
+def _png_of_zeros(*, width, height):
+    """Return a PNG file, one bit a pixel."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(height * (1 + width // 8)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def test_records_of_strangers_name_no_folder_elsewhere(tmp_path):
