@@ -11,9 +11,10 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -129,6 +130,7 @@ def read_safely(path: Path) -> dict[str, Any]:
     if not is_file(path):
         found = "a folder" if is_dir(path) else "nothing"
         raise CheckpointProblem(f"{path}: a checkpoint file was looked for, {found} is there")
+    _refuse_packed(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles of another protocol, which are read or refused all the same
@@ -139,7 +141,42 @@ def read_safely(path: Path) -> dict[str, Any]:
         raise CheckpointProblem(f"{path}: cannot be read as a torch checkpoint ({_first_line(error)})") from error
     if not isinstance(state, Mapping):
         raise CheckpointProblem(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+    if any(map(_is_larger_than_stored, _tensors(state))):
+        raise CheckpointProblem(f"{path}: holds a tensor that is larger than what is stored of it: save it in full")
     return dict(state)
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse an archive whose parts are larger than itself: torch packs none, and a megabyte can hold a gigabyte."""
+    try:
+        with ZipFile(path) as archive:
+            there = sum(part.file_size for part in archive.infolist())
+    except (BadZipFile, OSError, ValueError, NotImplementedError):  # of another form, or cut off: torch tells which
+        return
+    if there > path.stat().st_size:
+        raise CheckpointProblem(
+            f"{path}: {path.stat().st_size} bytes that would become {there}: a packed archive, as torch writes none; "
+            "where you trust it, load it yourself and save its tensors as a new file"
+        )
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """Yield the tensors in mappings and lists, which may hold themselves."""
+    waiting, seen = [content], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, Mapping) else value
+
+
+def _is_larger_than_stored(tensor: Tensor) -> bool:
+    """Tell whether a tensor repeats what it stores: by strides of 0 a few bytes can stand for terabytes."""
+    if tensor.layout is not torch.strided:  # its size says nothing of what is stored
+        return True
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def _why_refused(error: pickle.UnpicklingError) -> str:

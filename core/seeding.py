@@ -14,7 +14,7 @@ import torch
 def key(seed: int, *names: str | int) -> int:
     """Return 63 bits that depend on the seed and on every name."""
     text = "/".join([str(seed), *map(str, names)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big") >> 1
 
 
 def numpy_stream(seed: int, *names: str | int) -> np.random.Generator:

@@ -1,9 +1,11 @@
 """Data frames to plotly figures. Pure: no streamlit, no files, no statistics; effects and AP arrive in points.
 
-Text colour and fonts come from the page's theme, so a figure is legible in light and in dark.
+Text colour and fonts come from the page's theme, so a figure is legible in light and in dark. Names are escaped, since
+plotly reads some HTML, links included.
 """
 
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -60,7 +62,7 @@ def forest(
     _ground(figure, margin)
     for variant, effect, low, high, _ in differences.itertuples(index=False, name=None):
         colour = colours[variant]
-        _interval(figure, y=rows[variant], effect=effect, low=low, high=high, colour=colour, name=variant)
+        _interval(figure, y=rows[variant], effect=effect, low=low, high=high, colour=colour, name=escape(variant))
         own = dots[dots["variant"] == variant]
         figure.add_scatter(
             x=own["difference"],
@@ -68,17 +70,17 @@ def forest(
             customdata=own[["seed"]],
             mode="markers",
             marker={"color": colour, "size": 7, "opacity": 0.6},
-            hovertemplate=f"{variant}, seed %{{customdata[0]}}: %{{x:+.2f}}<extra></extra>",
+            hovertemplate=f"{escape(variant)}, seed %{{customdata[0]}}: %{{x:+.2f}}<extra></extra>",
         )
     counts = dict(zip(differences["variant"], differences["n"], strict=True))
     figure.update_yaxes(
         tickvals=[rows[variant] for variant in variants],
-        ticktext=[f"{variant}  (n={counts[variant]})" for variant in variants],
+        ticktext=[f"{escape(variant)}  (n={counts[variant]})" for variant in variants],
         range=[0.45, len(variants) + 0.5],
         showgrid=False,
         zeroline=False,
     )
-    figure.update_xaxes(title=f"variant minus {baseline}, {unit}", tickformat="~g", zeroline=False)
+    figure.update_xaxes(title=f"variant minus {escape(baseline)}, {unit}", tickformat="~g", zeroline=False)
     return _framed(figure, height=_ROW_HEIGHT * len(variants) + 90, margin={"l": 8, "r": 12, "t": 8, "b": 48})
 
 
@@ -117,7 +119,7 @@ def curves(
             mode="lines+markers",
             line={"color": colour, "width": 2.5},
             marker={"size": 6},
-            name=str(variant),
+            name=escape(str(variant)),
             legendgroup=str(variant),
             hovertemplate="%{y:.1f} [%{customdata[1]:.1f}, %{customdata[2]:.1f}], n=%{customdata[0]}",
         )
@@ -136,7 +138,7 @@ def curves(
                 opacity=0.55,
                 legendgroup=str(variant),
                 showlegend=False,
-                hovertemplate=f"{variant}, seed %{{customdata[0]}}: %{{y:.1f}}<extra></extra>",
+                hovertemplate=f"{escape(str(variant))}, seed %{{customdata[0]}}: %{{y:.1f}}<extra></extra>",
             )
     figure.update_xaxes(
         title=x_title, rangemode="tozero", showgrid=False, tickformat="~g", dtick=_whole_ticks(bands["x"])
@@ -161,16 +163,16 @@ def per_class(frame: pd.DataFrame, *, x_title: str, colours: Mapping[str, str]) 
         figure.add_scatter(
             x=own["mean"],
             y=[len(classes) - classes.index(name) - offset for name in own["class"]],
-            customdata=own[["class", "sd", "n"]],
+            customdata=own.assign(**{"class": own["class"].map(escape)})[["class", "sd", "n"]],
             error_x={"array": own["sd"], "color": colour, "thickness": 1.5, "width": 0},
             mode="markers",
             marker={"color": colour, "size": 8},
-            name=str(variant),
+            name=escape(str(variant)),
             hovertemplate="%{customdata[0]}: %{x:.1f} ± %{customdata[1]:.1f}, n=%{customdata[2]}",
         )
     figure.update_yaxes(
         tickvals=[len(classes) - index for index in range(len(classes))],
-        ticktext=classes,
+        ticktext=[escape(name) for name in classes],
         range=[0.4, len(classes) + 0.6],
         showgrid=False,
         zeroline=False,

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dashboard import load
 REFRESH_SECONDS = 5
 PATIENCE_SECONDS = 60
 _LAST_SIGN = "last sign of a running trial"
+_MARKS = re.compile(r"[\\`*_\[\]<$~]|^[#>+-]")
 FIRST_STUDY = "python -m workbench run studies/refinement_detach.yaml"
 
 # Word, icon and colour together: the colour alone would not reach everybody. Undecided and equivalent are no failures.
@@ -33,6 +35,11 @@ STATES = {
     "diverged": ":material/trending_up:",
     "interrupted": ":material/pause_circle:",
 }
+
+
+def plain(text: str) -> str:
+    """Return Markdown that shows a text as it was written: records may be a stranger's, and name pictures elsewhere."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def runs_folder() -> Path:
@@ -88,7 +95,7 @@ def chosen(entries: tuple[load.StudyEntry, ...]) -> load.StudyResults:
 
 def unreadable(entry: load.StudyEntry) -> None:
     """Show a record that cannot be read as what it is."""
-    st.error(f"**{entry.key}** cannot be read. {entry.problem}", icon=":material/error:")
+    st.error(f"**{plain(entry.key)}** cannot be read. {plain(entry.problem or '')}", icon=":material/error:")
 
 
 def verdict_badge(verdict: load.Verdict | None) -> None:

@@ -62,7 +62,9 @@ def begin(folder: Path, *, driver: Process | None, gpus: float = 0.0) -> Attempt
 
     Raises:
         BusyError: another process works on it.
+        StoreError: there are links in the folder, by which it would write elsewhere.
     """
+    durable.refuse_links(folder)
     earlier = read(folder)
     if earlier and earlier[-1].outcome is None:
         _await_end(folder, earlier[-1])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from core.config import ExperimentConfig, ModelConfig, pretrained_backbone
 from workbench.contacts import named_by_file
+from workbench.labels import size
 from workbench.study import FEWEST_SEEDS, Study
 from workbench.user_code import FLAG, asked_to_run
 
@@ -21,6 +22,8 @@ def cautions(study: Study) -> Iterator[str]:
             yield f"claim {claim.id} stays undecided: {names} not selected (--variants all runs every variant)"
     if uri := named_by_file(study):
         yield f"run sends its records to {uri}, which the study's file or profile names (--tracking-uri: elsewhere)"
+    if (quota := study.execution.quota_bytes) is not None:
+        yield f"run keeps checkpoints and predictions in --runs within {size(quota)}: those of other studies go, too"
     for line in asked_to_run(study):
         yield f"{line}: run needs {FLAG}"
     for is_odd, text in _ODD:

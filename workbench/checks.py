@@ -86,12 +86,20 @@ class _Looks(TypedDict):
     looks: list[_Look]
 
 
+class _Mirror(TypedDict):
+    tracking_uri: str
+    experiment_id: str | None
+    parent_run_id: str | None
+    runs: dict[str, str]
+
+
 class _Verdicts(TypedDict):
     verdicts: list[Verdict]
 
 
 _RESULT, _ERROR, _EVALUATION = TypeAdapter(_Result), TypeAdapter(_Error), TypeAdapter(_Evaluation)
 _ATTEMPT, _LOOKS, _VERDICTS = TypeAdapter(_Attempt), TypeAdapter(_Looks), TypeAdapter(_Verdicts)
+_MIRROR = TypeAdapter(_Mirror)
 
 
 def result(plain: Plain | None, trial_id: str) -> Plain | None:
@@ -133,6 +141,12 @@ def looks(plain: Plain | None) -> list[Plain]:
     """Return the looks that a looks.json says were started: none where it is not there or not believed."""
     found = _valid(_LOOKS, plain)
     return [] if found is None else [{**look} for look in found["looks"]]
+
+
+def mirror(plain: Plain | None) -> Plain | None:
+    """Return where an mlflow.json says that a study is in MLflow; None for any other content."""
+    found = _valid(_MIRROR, plain)
+    return None if found is None else {**found}
 
 
 def verdicts(plain: Plain | None) -> tuple[Verdict, ...]:

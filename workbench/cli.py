@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from workbench.arguments import doctor_options, evaluate_options, json_option, number, runs_option, selection_options
 from workbench.errors import StoreError, StudyFileError, WorkbenchError
 from workbench.object_store import local_folder
+from workbench.terminal import visible
 
 if TYPE_CHECKING:
     from workbench.records import StudyResults
@@ -116,7 +117,7 @@ def _command(
 
 
 def _write(stream: TextIO, text: str) -> None:
-    stream.write(text)
+    stream.write(visible(text))
 
 
 def _tell(line: str) -> None:

@@ -93,4 +93,6 @@ def _runs(folder: Path) -> list[str]:
 
 
 def _from_here(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    """Return a path as it is typed here: not as an option, whatever it is called."""
+    here = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return f"./{here}" if here.startswith("-") else here

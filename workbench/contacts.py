@@ -1,6 +1,6 @@
-"""Whom a study file makes this machine talk to: nobody, or the MLflow server that it names.
+"""Whom a study file, or a record, makes this machine talk to: nobody, or the MLflow server that it names.
 
-A study file may be a stranger's. So the server is told before anything is sent, it can only be a server, and what
+Both may be a stranger's. So the server is told before anything is sent, it can only be a server, and what
 proves who the user is goes there only when the user has named the same address.
 """
 
@@ -47,10 +47,24 @@ def refuse_credentials(study: Study) -> None:
     Raises:
         WorkbenchError: the file names a server, and MLflow's credentials are set.
     """
-    uri = named_by_file(study)
-    if uri is not None and (found := tracking.credentials()):
+    if (uri := named_by_file(study)) is not None:
+        _refuse_credentials(f"{study.path}: its tracking_uri {uri}", uri)
+
+
+def refuse_credentials_of_records(uri: str) -> None:
+    """Refuse to prove who the user is to a server that only records name, which may be a stranger's.
+
+    Raises:
+        WorkbenchError: they name a server, and MLflow's credentials are set.
+    """
+    if tracking.is_remote(uri) and uri != os.environ.get(_VARIABLE):
+        _refuse_credentials(f"{uri}, which its records name,", uri)
+
+
+def _refuse_credentials(server_in_words: str, uri: str) -> None:
+    if found := tracking.credentials():
         raise WorkbenchError(
-            f"{study.path}: its tracking_uri {uri} would be sent {' and '.join(found)} of the environment or of "
+            f"{server_in_words} would be sent {' and '.join(found)} of the environment or of "
             f"{tracking.CREDENTIALS_FILE}: where you trust it with them, say so with --tracking-uri {uri}; else unset "
             "them"
         )

@@ -144,6 +144,20 @@ def _draft(path: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse to write into a folder of records that is a link or holds one: records may be a stranger's.
+
+    Raises:
+        StoreError: what is written there would land elsewhere.
+    """
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise StoreError(
+                f"{path}: is a link to {path.readlink()}, and records are written into folders of their own alone: put "
+                "the files themselves there"
+            )
+
+
 def _signed(payload: dict[str, Any], indent: int | None) -> bytes:
     """Return the bytes of a JSON file: its format, its checksum, then the payload."""
     rest = {key: value for key, value in payload.items() if key not in ("format", "sha256")}

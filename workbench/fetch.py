@@ -27,6 +27,7 @@ from workbench.plan import plan_from_json
 from workbench.record_files import Entry, Kind
 from workbench.records import StudyRef
 from workbench.report import render
+from workbench.screen import line_to
 from workbench.series import numbers
 from workbench.store import Store
 from workbench.study import Plan
@@ -245,7 +246,7 @@ class _Fetch:
         return "refused"
 
     def _say(self, line: str) -> None:
-        self.err.write(line + "\n")
+        line_to(self.err)(line)
 
 
 def _restore_times(folder: Path, last: str | None) -> None:

@@ -31,6 +31,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": _INK,
+    "text.parse_math": False,  # a name with dollar signs is a name
     "xtick.color": _INK,
     "ytick.color": _INK,
     "svg.fonttype": "none",

@@ -26,7 +26,7 @@ from core.parts import scientific
 from core.paths import is_file
 from workbench.cautions import cautions
 from workbench.errors import DataError, StoreError
-from workbench.study import Parameters, Plan, PlannedTrial, Study, TrialSpec
+from workbench.study import SELECTION_OPTIONS, Parameters, Plan, PlannedTrial, Study, TrialSpec
 from workbench.user_code import sources
 
 FORMAT = 1
@@ -309,5 +309,5 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield "a claim is about no metric that there is"
     if not all(math.isfinite(number) and abs(number) < 1e6 for number in numbers):
         yield "a margin, level or weight is no number that can be meant"
-    if len(study.selection) % 2:
-        yield "its selection has an option without a value"
+    if len(study.selection) % 2 or not set(study.selection[::2]) <= set(SELECTION_OPTIONS):
+        yield "its selection has an option without a value, or one that chooses nothing of a study"

@@ -17,6 +17,7 @@ from workbench.records import TrialRecord
 from workbench.repeating import repeating
 from workbench.store import Store
 from workbench.study import PlannedTrial
+from workbench.terminal import visible
 
 REDRAW_SECONDS = 1.0
 LOG_SECONDS = 15.0
@@ -196,7 +197,8 @@ def _ending(record: TrialRecord) -> str:
     if record.state == "finished" and best is not None:
         return f"finished, AP {POINTS * best:.1f}, {duration(record.total_seconds)}"
     if record.error is not None and record.state == "failed":
-        return f"failed: {record.error['message'].splitlines()[0]}"
+        first, _, _ = record.error["message"].partition("\n")
+        return f"failed: {visible(first)}"
     return record.state
 
 

@@ -12,6 +12,7 @@ from workbench.labels import POINTS
 from workbench.palette import VERDICT_COLOURS
 from workbench.records import Verdict
 from workbench.report_contents import Contents, Table
+from workbench.terminal import visible
 
 WIDTH = 100  # columns of the terminal report
 _STRIP_WIDTH = 41
@@ -37,7 +38,8 @@ def text(contents: Contents) -> str:
 
 
 def printable(said: str, encoding: str) -> str:
-    """Return text that a stream of this encoding can show."""
+    """Return text that a stream of this encoding can show, and that steers no terminal."""
+    said = visible(said)
     try:
         said.encode(encoding)
     except UnicodeEncodeError:
@@ -185,8 +187,11 @@ def _caption(table: Table) -> str:
 
 
 def _md(said: str) -> str:
-    for character, instead in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("_", "\\_"), ("*", "\\*"), ("](", "]\\(")):
-        said = said.replace(character, instead)  # the last so that no text becomes a link
+    said = " ".join(visible(said).split())  # on one line, where nothing begins a block of its own
+    for character in "\\|_*`~":
+        said = said.replace(character, f"\\{character}")
+    for character, instead in (("<", "&lt;"), ("](", "]\\("), ("]:", "]\\:")):  # the last two make links and pictures
+        said = said.replace(character, instead)
     return said
 
 
@@ -200,7 +205,7 @@ def _md_table(table: Table) -> str:
 
 
 def _esc(said: str) -> str:
-    return markup.escape(said)
+    return markup.escape(visible(said))
 
 
 def _html_table(table: Table) -> str:
@@ -225,7 +230,7 @@ _TEX = str.maketrans(
 
 
 def _tex(said: str) -> str:
-    return said.translate(_TEX)
+    return visible(said).translate(_TEX)
 
 
 _CSS = """

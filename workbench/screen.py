@@ -7,6 +7,7 @@ from typing import TextIO
 
 from workbench.store import Store
 from workbench.study import PlannedTrial
+from workbench.terminal import visible
 
 
 def failure_lines(store: Store, trial: PlannedTrial) -> list[str]:
@@ -37,7 +38,7 @@ def line_to(stream: TextIO) -> Callable[[str], None]:
     """Return a function that writes a line to the stream at once."""
 
     def say(line: str) -> None:
-        stream.write(line + "\n")
+        stream.write(visible(line) + "\n")
         stream.flush()
 
     return say

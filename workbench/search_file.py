@@ -12,6 +12,7 @@ from workbench.study_schema import DimensionPart, SearchPart
 from workbench.yaml12 import Document, Path_
 
 SPLIT = "tune"
+MOST_TRIED = 5_000  # values of the space in all variants: each is checked
 _PATH: Path_ = ("search",)
 _LENGTH = ("training.epochs", "training.epoch_pictures")
 _FIXED = "every configuration has the same pictures, length and scoring: search another key"
@@ -55,6 +56,10 @@ class SearchReader:
             variants: the study's, resolved.
             layers: of each variant, lowest first.
         """
+        num_tried = len(variants) * sum(len(part.values or ("low", "high")) for part in self._part.space.values())
+        if num_tried > MOST_TRIED:
+            self._tell((*_PATH, "space"), f"has {num_tried} values to check, of all variants; allowed: {MOST_TRIED}")
+            return None
         space = {
             key: self._dimension(key, self._part.space[key], variants, layers)
             for key in dict.fromkeys(item.key for item in self.space.assignments)

@@ -100,8 +100,13 @@ class Store:
         """Keep a plan and the text of its study file, once; later calls with the same plan change nothing.
 
         The time of the first registration is kept: a claim registered after a trial of its own finished is post hoc.
+
+        Raises:
+            StoreError: there are links in the folders of the plan or its trials.
         """
         folder = self.study_dir(plan)
+        for place in (folder, *map(self.trial_dir, plan.specs)):
+            durable.refuse_links(place)
         for name in ("plan.json", "registered.json"):
             siblings.set_aside_damaged(folder / name)
         kept = durable.read_json(folder / "plan.json")
@@ -142,7 +147,6 @@ class Store:
         if plan.study.search is not None:
             plan = search.expanded(plan, search.read(folder))
         records = {trial_id: self.record(trial_id) for trial_id in plan.specs}
-        mirrored = durable.read_json(folder / "mlflow.json")
         registered, unreadable = siblings.read_all(folder.parent)
         return StudyResults(
             plan=plan,
@@ -153,7 +157,7 @@ class Store:
             post_hoc=_post_hoc(plan, records, registered),
             looked_before=siblings.looked_before(plan, registered),
             unreadable=unreadable,
-            mlflow=mirrored and {key: value for key, value in mirrored.items() if key != "format"},
+            mlflow=checks.mirror(durable.read_json(folder / "mlflow.json")),
         )
 
     def start_look(self, ref: StudyRef, number: int) -> None:

@@ -115,6 +115,10 @@ class Tuned:
     configurations: int  # tried for each variant
 
 
+SELECTION_OPTIONS = ("--profile", "--data", "--variants", "--seeds", "--set", "--budget", "--tracking-uri")
+"""The options that choose from a study. Lines to copy are made of them, also those of a stranger's record."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """One question at one scale. `seeds` are those of the last look; each look takes the first `look.seeds` of them."""

@@ -54,7 +54,7 @@ UNREAD = {
     "question": "unread",
     "baseline": "",
     "scope": "seeds",
-    "variants": {"": None},
+    "variants": {"unread": None},
 }
 
 

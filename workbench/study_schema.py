@@ -64,7 +64,14 @@ def _share_or_whole(gpus: float) -> float:
     return gpus
 
 
+def _can_be_selected(name: str) -> str:
+    if not name or name != name.strip() or name == "all" or set(name) & set(",\n\t"):
+        raise ValueError("the name of a variant is on one line, without commas, and not 'all': --variants names it")
+    return name
+
+
 Gpus = Annotated[float, Field(gt=0, le=64), AfterValidator(_share_or_whole)]
+VariantName = Annotated[str, AfterValidator(_can_be_selected)]
 Metric = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(NUMBER_NAMES)})]
 Recipe = Annotated[
     str,
@@ -233,7 +240,7 @@ class StudyPart(FilePart):
     recipe: Recipe = DEFAULT
     set: Overrides = {}
     baseline: str = Field(description="the variant that the others are compared to")
-    variants: dict[str, VariantPart | None] = Field(min_length=1, max_length=MOST_VARIANTS)
+    variants: dict[VariantName, VariantPart | None] = Field(min_length=1, max_length=MOST_VARIANTS)
     claims: list[ClaimPart] = Field(default=[], max_length=MOST_CLAIMS)
     scope: Literal["seeds"] = Field(description="what the verdict generalises over: seeds, on this validation set")
     profiles: dict[str, ProfilePart | None] = Field(default={}, max_length=MOST_PROFILES)

@@ -6,6 +6,7 @@ Its values are laid over the settings of each variant. Every variant must have b
 must be the one that was searched: the same keys set to the same values.
 """
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from core.paths import is_file
 from workbench import yaml12
 from workbench.errors import WorkbenchError
 from workbench.overrides import Layer, read_layer
@@ -65,14 +67,16 @@ class TunedFile:
         path = Path(study.source).parent / named
         self._document, self._hash = Document(source=str(path), value=None), ""
         try:
-            with path.open("rb") as file:
-                self._hash = hashlib.file_digest(file, "sha256").hexdigest()
+            if path.exists() and not is_file(path):
+                raise OSError(errno.EINVAL, "it is no file")  # a pipe or a device might never end
+            raw = yaml12.beginning(path)
         except OSError as error:
             remedy = f"a search writes it: report SEARCH_STUDY --format tuned --out {path}"
             text = f"{path}: cannot be read ({error.strerror}); {remedy}"
             problems.add(study.value_place(("tuned",)), "tuned", text)
         else:
-            self._document = yaml12.read_file(path, problems)
+            self._hash = hashlib.sha256(raw).hexdigest()
+            self._document = yaml12.read_bytes(raw, str(path), problems)
         self._file, wrong = read_part(TunedPart, self._document, problems, stand_in=_UNREAD)
         self._sound = not wrong and self._document.value is not None
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from workbench.problems import Place, Problems, as_key
+from workbench.terminal import STEERING
 
 LARGEST_FILE = 100_000  # characters
 DEEPEST = 20  # nested mappings and lists
@@ -34,7 +35,6 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _OTHER_BASE = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 MOST_DIGITS = 18
 
 
@@ -79,13 +79,22 @@ class Document:
 
 def read_file(path: Path, problems: Problems) -> Document:
     """Read one file; what is wrong with it goes to `problems`."""
-    source = str(path)
     try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_FILE * 4 + 1)  # UTF-8 has at most 4 bytes a character
+        raw = beginning(path)
     except OSError as error:
-        problems.add(Place(source), "", f"cannot be read: {error.strerror}")
-        return Document(source=source, value=None)
+        problems.add(Place(str(path)), "", f"cannot be read: {error.strerror}")
+        return Document(source=str(path), value=None)
+    return read_bytes(raw, str(path), problems)
+
+
+def beginning(path: Path) -> bytes:
+    """Return as many bytes of a file as are enough to read it, or to tell that it is too large; raises OSError."""
+    with path.open("rb") as file:
+        return file.read(LARGEST_FILE * 4 + 1)  # UTF-8 has at most 4 bytes a character
+
+
+def read_bytes(raw: bytes, source: str, problems: Problems) -> Document:
+    """Read what a file begins with; what is wrong with it goes to `problems` under the name `source`."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -205,7 +214,7 @@ class _Reader:
     def _scalar(self, node: yaml.Node, path: Path_) -> Any:
         value = node.value if node.tag == "quoted" else _plain(node.value)
         problem = value if isinstance(value, _Refused) else None
-        if isinstance(value, str) and (bad := _UNPRINTABLE.search(value)):
+        if isinstance(value, str) and (bad := STEERING.search(value)):
             problem = _Refused(f"the character {bad.group()!r} is not allowed")
         if problem:
             self._problems.add(self._place(node), as_key(path), problem.text)
@@ -228,7 +237,7 @@ _REFUSED = _Refused("")  # stands for a value whose problem is told; its key is 
 
 def _key(node: yaml.Node) -> str | None:
     """Return a key, or None where it is not plain text."""
-    if not isinstance(node, yaml.ScalarNode) or node.value == "<<" or _UNPRINTABLE.search(node.value):
+    if not isinstance(node, yaml.ScalarNode) or node.value == "<<" or STEERING.search(node.value):
         return None
     return node.value if node.tag == "quoted" or isinstance(_plain(node.value), str) else None
 

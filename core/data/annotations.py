@@ -3,7 +3,6 @@
 Real files have flaws, and none of them stops a training unless nothing is left. Each is counted, with examples.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from core.data.decoding import picture_sizes
 from core.data.fingerprint import SplitFiles
 
 ROUNDING_PX = 1.0  # a box that passes the picture's edge by less is as annotators' tools write it
+LARGEST_NUMBER = 1e300  # of a number that is still one: whole ones in JSON may be too large to be counted with
 MOST_EXAMPLES = 5
 
 
@@ -104,7 +104,7 @@ def _images(entries: list[Any], tally: Tally) -> dict[int, dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     for entry in entries:
         match entry:
-            case {"id": int(picture_id), "file_name": str(name)} if name:
+            case {"id": int(picture_id), "file_name": str(name)} if name and abs(picture_id) < 1 << 63:
                 if picture_id in images:
                     tally.add("repeated_picture_ids", f"{picture_id} ({name})")
                 else:
@@ -166,7 +166,7 @@ def _within(entry: dict[str, Any], image: dict[str, Any], size: tuple[int, int],
     """
     height, width = size
     x, y, w, h = entry["bbox"]
-    if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
+    if not all(abs(number) < LARGEST_NUMBER for number in (x, y, w, h)) or w <= 0 or h <= 0:
         tally.add("degenerate_boxes", _where(image, entry))
         return None
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
@@ -174,7 +174,7 @@ def _within(entry: dict[str, Any], image: dict[str, Any], size: tuple[int, int],
         tally.add("boxes_outside_the_picture", _where(image, entry))
         return None
     area = entry.get("area")
-    if not isinstance(area, int | float) or not area > 0:
+    if not isinstance(area, int | float) or not 0 < area < LARGEST_NUMBER:
         area = w * h
     if max(left - x, top - y, x + w - right, y + h - bottom) > ROUNDING_PX:
         tally.add("clipped_boxes", _where(image, entry))

@@ -45,7 +45,8 @@ def picture_sizes(files: SplitFiles, names: Sequence[str], *, cache: Path | None
     if cache is None:
         return _decoded_sizes(files.pictures, names)
     text = "\n".join([split_fingerprint(files), *names])
-    path = cache / f"picture-sizes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # a name in JSON may be half a character
+    path = cache / f"picture-sizes-{digest[:16]}.json"
 
     def write(draft: Path) -> None:
         draft.write_text(json.dumps({"format": 1, "sizes": _decoded_sizes(files.pictures, names)}))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 
 from core.checkpoint import CheckpointProblem, check_format
@@ -40,7 +41,10 @@ class LoadedCheckpoint:
 
 def custom_targets(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the targets of the custom parts that a checkpoint's configuration names, sorted; () where it has none."""
-    return tuple(sorted(set(_targets(content["config"])))) if _is_ours(content) and "config" in content else ()
+    try:
+        return tuple(sorted(set(_targets(content["config"])))) if _is_ours(content) and "config" in content else ()
+    except RecursionError:  # a configuration that holds itself, which is told where it is read
+        return ()
 
 
 def load_detector(
@@ -89,6 +93,8 @@ def _ours(
         raise CheckpointProblem(
             f"{path}: was written before checkpoints held their configuration and classes: train it again"
         )
+    if wrong := _wrong_part(content):
+        raise CheckpointProblem(f"{path}: is damaged: {wrong}: {OTHER_VERSION}")
     config = _validated(content["config"], path)
     if (targets := custom_targets(content)) and not allow_code:
         raise CheckpointProblem(f"{path}: uses code of your own ({', '.join(targets)}): allow it with --allow-code")
@@ -99,8 +105,12 @@ def _ours(
     wanted = parameters or config.evaluation.parameters
     used: Parameters = "raw" if content["averaged"] is None else wanted
     classes: dict[int, str] = content["classes"]
-    detector = build_detector(_without_pretrained(config), num_classes=len(classes), seed=0)
+    plain = _without_pretrained(config)
     try:
+        if not targets:  # so that a small file cannot ask for a huge detector; a user's own part may need real tensors
+            with torch.device("meta"):
+                build_detector(plain, num_classes=len(classes), seed=0).load_state_dict(content[used], assign=True)
+        detector = build_detector(plain, num_classes=len(classes), seed=0)
         detector.load_state_dict(content[used])
     except RuntimeError as error:
         told = " ".join(str(error).split())
@@ -109,6 +119,18 @@ def _ours(
             f"{OTHER_VERSION}"
         ) from error
     return LoadedCheckpoint(detector=detector.eval(), config=config, recipe=None, parameters=used, classes=classes)
+
+
+def _wrong_part(content: Mapping[str, Any]) -> str:
+    """Say which part of one of our checkpoints is none; "" where all are."""
+    raw, averaged, classes = (content.get(name, "") for name in ("raw", "averaged", "classes"))
+    if not _is_of(raw, str, object) or not (averaged is None or _is_of(averaged, str, object)):
+        return "raw or averaged holds no weights by name"
+    return "" if _is_of(classes, int, str) else "classes holds no names by category id"
+
+
+def _is_of(value: Any, keys: type, values: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, keys) and isinstance(v, values) for k, v in value.items())
 
 
 def _validated(plain: Any, path: Path) -> ExperimentConfig:
@@ -138,7 +160,7 @@ def _without_pretrained(config: ExperimentConfig) -> ExperimentConfig:
 def _targets(plain: Any) -> Iterator[str]:
     """Yield the targets of all custom parts."""
     if isinstance(plain, dict):
-        if plain.get("kind") == "custom":
+        if plain.get("kind") == "custom" and isinstance(plain.get("target"), str):
             yield plain["target"]
         for value in plain.values():
             yield from _targets(value)

@@ -24,7 +24,7 @@ def switch(label: str, options: Sequence[T], *, key: str, default: T, explanatio
 def draw_differences(results: load.StudyResults, metric: str, weights: load.Parameters) -> None:
     """Draw the paired differences to the baseline, or say what is missing."""
     label, baseline = load.METRICS[metric], results.plan.study.baseline
-    st.subheader(f"Difference to {baseline}", anchor=False)
+    st.subheader(f"Difference to {parts.plain(baseline)}", anchor=False)
     differences, dots = comparison.differences(results, metric, weights)
     if dots.empty:
         st.info(f"No pair of trials has a final {label} with {weights} weights yet.", icon=":material/hourglass_empty:")
@@ -85,7 +85,7 @@ def draw_tables(results: load.StudyResults, metric: str, weights: load.Parameter
 
 
 results = parts.chosen(parts.entries_or_stop())
-st.markdown(results.plan.study.question)
+st.markdown(parts.plain(results.plan.study.question))
 with st.container(horizontal=True, gap="medium"):
     names = {label: name for name, label in load.METRICS.items()}
     metric = names[switch("Metric", list(names), key="metric", default="AP")]

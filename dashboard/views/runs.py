@@ -50,7 +50,8 @@ def draw() -> bool:
     for failure in failures[:MOST_FAILURES]:
         tell = st.error if failure.state == "failed" else st.warning
         tell(
-            f"**{failure.trial} {failure.state}** in attempt {failure.attempts}: {failure.message}  \n"
+            f"**{parts.plain(failure.trial)} {failure.state}** in attempt {failure.attempts}: "
+            f"{parts.plain(failure.message)}  \n"
             f"More in `{failure.folder}`.",
             icon=parts.STATES[failure.state],
         )

@@ -9,7 +9,7 @@ def draw_claim(card: load.ClaimCard, key: str) -> None:
     """Show one claim: verdict, statement, effect with interval, the dots of the seeds, and why."""
     verdict = card.verdict
     parts.verdict_badge(verdict)
-    st.markdown(f"**{card.text}**")
+    st.markdown(f"**{parts.plain(card.text)}**")
     if verdict is None:
         st.caption(f"margin ±{card.margin:g} AP points · the verdict comes when a planned look is complete")
         return
@@ -29,9 +29,9 @@ def draw_claim(card: load.ClaimCard, key: str) -> None:
             colour=load.verdict_colour(verdict),
         )
         parts.chart(figure, key=key, alt=f"Paired difference with its interval and every seed: {card.text}", still=True)
-    st.markdown(f"Why: {verdict.reason}.")
+    st.markdown(f"Why: {parts.plain(verdict.reason)}.")
     for note in verdict.notes:
-        st.caption(note)
+        st.caption(parts.plain(note))
     if verdict.post_hoc:
         st.caption(":material/edit: post hoc: written down after a trial of it had finished")
 
@@ -43,9 +43,10 @@ def draw_study(entry: load.StudyEntry) -> None:
         parts.unreadable(entry)
         return
     study = results.plan.study
-    st.subheader(study.question, anchor=False)
+    st.subheader(parts.plain(study.question), anchor=False)
     st.caption(
-        f"{study.name} · profile **{study.profile}** · {load.registered(entry.ref)} · plan {entry.ref.plan_hash[:8]}"
+        f"{parts.plain(study.name)} · profile **{parts.plain(study.profile)}** · {load.registered(entry.ref)} · "
+        f"plan {parts.plain(entry.ref.plan_hash[:8])}"
     )
     parts.progress_bar(load.progress(results))
     if study.gives_verdicts:

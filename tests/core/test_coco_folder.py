@@ -228,8 +228,10 @@ def test_link_to_nothing_is_a_missing_picture(folder):
 @pytest.mark.parametrize("name", ["x" * 5000, "\ud800.jpg"])
 def test_name_that_no_file_can_have_is_a_missing_picture(folder, name):
     """An entry whose name is too long for a file, or no text, stops nothing."""
-    folder.raw["val"]["images"].append({"id": 50, "file_name": name})
-    assert open_folder(folder).report["val.missing_pictures"] == 1
+    for split in ("train", "val"):
+        folder.raw[split]["images"].append({"id": 50, "file_name": name})
+    assert open_folder(folder, cache=folder.root / "cache").report["val.missing_pictures"] == 1
+    assert not coco._is_held_out({"file_name": "\ud800.jpg"})
 
 
 def test_annotations_nested_without_end_are_no_json(folder):
@@ -370,3 +372,20 @@ def test_classes_of_one_name_are_told_apart(folder):
     for raw in folder.raw.values():
         raw["categories"] = [*CATEGORIES, {"id": 11, "name": "cell"}]
     assert open_folder(folder).class_names == ("cell (3)", "plate", "cell (11)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "counted"),
+    [
+        ("annotations", {"bbox": [10**400, 1, 1, 1]}, "degenerate_boxes"),
+        ("annotations", {"bbox": [1, 1, 1, 10**400]}, "degenerate_boxes"),
+        ("images", {"id": 10**400}, "malformed_images"),
+        ("images", {"height": 10**400}, "pictures_of_another_size_than_annotated"),
+        ("annotations", {"area": 10**400}, "boxes"),
+    ],
+)
+def test_numbers_that_nobody_can_count_with_end_no_training(folder, kind, change, counted):
+    """What has them is left out and counted; an area alone is that of the box."""
+    folder.raw["train"][kind][0].update(change)
+    data = open_folder(folder)
+    assert data.report[f"train.{counted}"] == (6 if counted == "boxes" else 1)

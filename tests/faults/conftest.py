@@ -18,3 +18,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("faults")
     for number, title, expected, seen in told:
         terminalreporter.line(f"{number:<4} {title} | expected: {expected} | seen: {seen}")
+
+
+@pytest.fixture
+def proof(tmp_path):
+    """Return the folder that only a payload makes; it is not there at the end."""
+    folder = tmp_path / "the payload ran"
+    yield folder
+    assert not folder.exists()

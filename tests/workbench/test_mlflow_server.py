@@ -50,7 +50,7 @@ def test_a_server_with_a_door_takes_and_gives_and_nothing_of_the_key_is_kept(
     options = Options(executor="inline", trainer=toy_trainer(), tracking_uri=door.uri)
     assert run_study(plan, store, options, out=out, err=err) == 0
     assert "cannot be reached" not in err.getvalue()
-    assert sync(store, err=err) == 0
+    assert sync(store, tracking_uri=door.uri, err=err) == 0
     copy = Store(tmp_path / "copy")
     assert fetch(copy, tracking_uri=door.uri, study=name, out=out, err=err) == 0
     assert {copy.state(trial_id) for trial_id in plan.specs} == {"finished"}
@@ -70,7 +70,7 @@ def test_a_closed_door_is_told_without_the_key(door, store, toy_plan, toy_traine
     err = io.StringIO()
     options = Options(executor="inline", trainer=toy_trainer(), tracking_uri=door.uri)
     assert run_study(toy_plan, store, options, out=io.StringIO(), err=err) == 0
-    assert sync(store, err=err) == 1
+    assert sync(store, tracking_uri=door.uri, err=err) == 1
     with pytest.raises(WorkbenchError) as refused:
         fetch(Store(tmp_path / "copy"), tracking_uri=door.uri, study="toy", out=io.StringIO(), err=err)
     assert door.turned_away > 0
@@ -87,7 +87,7 @@ def test_a_fetched_study_is_known_to_every_command(door, store, toy_plan, toy_tr
     plan = replace(toy_plan, study=replace(toy_plan.study, name="commanded", tracking_uri=door.uri))
     options = Options(executor="inline", trainer=toy_trainer(), tracking_uri=door.uri)
     assert run_study(plan, store, options, out=io.StringIO(), err=io.StringIO()) == 0
-    assert sync(store, err=io.StringIO()) == 0  # of a run on a busy machine, something may be left
+    assert sync(store, tracking_uri=door.uri, err=io.StringIO()) == 0  # of a run on a busy machine some may be left
     command = [sys.executable, "-m", "workbench"]
     folder = Path(__file__).parent.parent.parent
     runs = ["--runs", str(tmp_path / "copy")]

@@ -118,7 +118,7 @@ REFUSED = [
         ("", ""),
         "compare.yaml:4:8: tuned: tuned/other.yaml: cannot be read (No such file",
     ),
-    (("tuned/rates.yaml", "tuned"), ("", ""), "compare.yaml:4:8: tuned: tuned: cannot be read (Is a directory)"),
+    (("tuned/rates.yaml", "tuned"), ("", ""), "compare.yaml:4:8: tuned: tuned: cannot be read (it is no file)"),
     (("tuned/rates.yaml", "3"), ("", ""), "compare.yaml:4:8: tuned: found 3; allowed: text"),
     (("sharp: {", "keen: {"), ("", ""), "compare.yaml:4:8: tuned: tuned/rates.yaml has no settings for variant keen"),
     (

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import TextIO
 
 from workbench import filesystem, tracking
-from workbench.contacts import refuse_credentials
+from workbench.contacts import refuse_credentials_of_records
 from workbench.errors import BusyError, StoreError, WorkbenchError
 from workbench.mlflow_mirror.api import Api, answered, connect, default_uri
 from workbench.mlflow_mirror.sender import Sender
 from workbench.mlflow_mirror.state import State
 from workbench.records import StudyRef, StudyResults
+from workbench.screen import line_to
 from workbench.store import Store
 from workbench.study import Plan
 
@@ -32,15 +33,13 @@ def sync(store: Store, *, tracking_uri: str | None = None, err: TextIO) -> int:
     code = 0
     away: set[str] = set()  # asked once, not again for every study
 
-    def warn(line: str) -> None:
-        err.write(line + "\n")
-
+    warn = line_to(err)
     for ref in store.studies():
         try:
             results = store.results(ref)
             uri = tracking_uri or _last_uri(results) or results.plan.study.tracking_uri
-            if tracking_uri is None and uri == results.plan.study.tracking_uri:
-                refuse_credentials(results.plan.study)
+            if uri is not None and uri != tracking_uri:
+                refuse_credentials_of_records(uri)
             with store.lock(ref):
                 mirror = Mirror(store, ref, results.plan, tracking_uri=uri, warn=warn)
                 if mirror.tracking_uri not in away and not mirror.bring_up_to_date():
