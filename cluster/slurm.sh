@@ -28,16 +28,27 @@ STATE=${WORKBENCH_STATE:-$HOME/.workbench}/job-$SLURM_JOB_ID
 RESTARTS=${WORKBENCH_RESTARTS:-100}
 NODES=${SLURM_JOB_NUM_NODES:-1}
 
-driver=
+child=
+code=0
 asked_to_stop=
-stop() { # Slurm sends TERM three minutes before the wall time, and when the job is preempted
+# shellcheck disable=SC2317 # called by the trap
+stop() { # Slurm sends TERM three minutes before the wall time; a second one would end the driver without a checkpoint
+    if [ -z "$asked_to_stop" ] && [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi
     asked_to_stop=1
-    if [ -n "$driver" ]; then kill -TERM "$driver" 2>/dev/null || true; fi
 }
-leave() {
-    # shellcheck disable=SC2046 - one number a line
-    kill $(jobs -p) 2>/dev/null || true
-    rm -rf "$STATE" "$RAY_TMPDIR"
+attend() { # COMMAND...: run it to its end and keep its exit code. A signal ends `wait`, not what is waited for
+    "$@" &
+    child=$!
+    if [ -n "$asked_to_stop" ]; then kill -TERM "$child" 2>/dev/null || true; fi
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+    wait "$child" && code=0 || code=$?
+    child=
+}
+leave() { # USR1 goes through srun to the nodes, which clean up; upon TERM srun would kill what they do at once
+    # shellcheck disable=SC2046 # one number a line
+    kill -USR1 $(jobs -p) 2>/dev/null || true
+    wait
+    rm -rf "$STATE"
 }
 trap stop TERM
 trap leave EXIT
@@ -45,6 +56,7 @@ trap leave EXIT
 # Sessions of Ray: of this user and job alone, and short, since the names of Unix sockets have a limit of 107 bytes.
 export RAY_TMPDIR=/tmp/ray-$UID-$SLURM_JOB_ID
 export RAY_USAGE_STATS_ENABLED=0
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # nothing is left to drain, and Slurm kills after KillWait, 30 s as a rule
 
 # Who has no token can neither join nor ask. It lies in a file of this user, so no log and no environment shows it.
 export RAY_AUTH_MODE=token
@@ -53,46 +65,68 @@ mkdir -p "$STATE"
 chmod 700 "$STATE"
 (umask 077 && "$PYTHON" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-if [ "$NODES" -eq 1 ]; then
-    head_ip=127.0.0.1 # nothing has to be seen from outside
-else
-    head_ip=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address | cut -d ' ' -f 1)
-fi
-port=$((20000 + SLURM_JOB_ID % 20000))
-address=$head_ip:$port
-
-start_ray() { # NODES, then how srun names them, then what `ray start` is told
-    local count=$1 where=$2
+on_nodes() { # COUNT, which, COMMAND...: become the srun of as many tasks, with all that the job has there
+    local count=$1 which=$2
     shift 2
-    # shellcheck disable=SC2086 - `where` is one option, or none
-    srun --overlap --nodes="$count" --ntasks="$count" $where mkdir -p "$RAY_TMPDIR"
-    # shellcheck disable=SC2086
-    srun --overlap --nodes="$count" --ntasks="$count" $where \
-        "$PYTHON" -m ray.scripts.scripts start "$@" --block --include-dashboard=false \
-        --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" >>"$STATE/ray.log" 2>&1 &
+    exec srun --overlap --export=ALL --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        --nodes="$count" --ntasks="$count" "$which" "$@"
 }
 
-start_ray 1 "--nodelist=$head_node" --head --node-ip-address="$head_ip" --port="$port"
-"$PYTHON" -m workbench.ray_executor.wait "$address" 1
+# What a node does: Ray in a new folder that only this user can enter, and nothing of it left at the end.
+# shellcheck disable=SC2016 # for the shell on the node
+ON_NODE='
+rm -rf "$RAY_TMPDIR" && mkdir -m 700 "$RAY_TMPDIR" || exit 1
+trap "kill -TERM \$ray 2>/dev/null" TERM USR1
+"$@" &
+ray=$!
+while kill -0 $ray 2>/dev/null; do wait $ray; done
+wait $ray
+code=$?
+rm -rf "$RAY_TMPDIR"
+exit $code'
+
+start_ray() { # COUNT, which, what `ray start` is told...
+    local count=$1 which=$2
+    shift 2
+    on_nodes "$count" "$which" bash -c "$ON_NODE" ray "$PYTHON" -m ray.scripts.scripts start "$@" --block \
+        --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" >>"$STATE/ray.log" 2>&1 &
+    started=$!
+}
+await_nodes() { # COUNT
+    attend "$PYTHON" -m workbench.ray_executor.wait "$address" "$1" "$started"
+    if [ "$code" -ne 0 ] && [ -z "$asked_to_stop" ]; then
+        echo "Ray did not start. The end of what it printed:" >&2
+        tail -n 20 "$STATE/ray.log" >&2
+        exit 1
+    fi
+}
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_ip=127.0.0.1 # for one node: nothing has to be seen from outside
+if [ "$NODES" -gt 1 ]; then # as another node sees it; many a machine calls itself 127.0.1.1
+    head_name=$(scontrol --oneliner show node "${nodes[0]}" | sed 's/.* NodeAddr=\([^ ]*\) .*/\1/')
+    head_ip=$(on_nodes 1 "--nodelist=${nodes[1]}" \
+        "$PYTHON" -c 'import socket, sys; print(socket.gethostbyname(sys.argv[1]))' "$head_name")
+fi
+port=$((20000 + SLURM_JOB_ID % 12000)) # below those that systems give to outgoing connections
+address=$head_ip:$port
+
+start_ray 1 "--nodelist=${nodes[0]}" --head --node-ip-address="$head_ip" --port="$port" --include-dashboard=false
+await_nodes 1
 if [ "$NODES" -gt 1 ]; then
-    start_ray $((NODES - 1)) "--exclude=$head_node" --address="$address"
-    "$PYTHON" -m workbench.ray_executor.wait "$address" "$NODES"
+    start_ray $((NODES - 1)) "--exclude=${nodes[0]}" --address="$address"
+    await_nodes "$NODES"
 fi
+attend "$PYTHON" -m workbench "$@" --address "$address"
+trap - EXIT
+leave
 
-if [ -z "$asked_to_stop" ]; then
-    "$PYTHON" -m workbench "$@" --address "$address" &
-    driver=$!
-fi
-code=143
-while [ -n "$driver" ]; do
-    wait "$driver" && code=0 || code=$?
-    if ! kill -0 "$driver" 2>/dev/null; then break; fi # a signal ends `wait`, not the driver
-done
-
-# 143: stopped in good order, with a checkpoint of each trial. The same command goes on in the next allocation.
-if [ -n "$asked_to_stop" ] && [ "$code" -eq 143 ]; then
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
+# Above 128: stopped as asked, with a checkpoint of each trial. The same command goes on in the next allocation. A job
+# that was cancelled gets the signal, too; it is no longer RUNNING.
+if [ -n "$asked_to_stop" ] && [ "$code" -gt 128 ]; then
+    if ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep ' JobState=RUNNING ' >/dev/null; then
+        echo "Not requeued by this script: Slurm is ending the job (scancel, or preempted)." >&2
+    elif [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
         scontrol requeue "$SLURM_JOB_ID"
     else
         echo "Not requeued: this job has been requeued $RESTARTS times (WORKBENCH_RESTARTS)." >&2

@@ -96,17 +96,29 @@ def test_the_ray_job_is_complete():
 
 
 FAKES = {
-    # Runs what comes after the options, here.
-    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-    "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "$@" >>"$FAKE_LOG"; fi',
-    # The workbench as it is, without the cluster; Ray's head only waits, as it would.
+    # Runs what comes after the options, here, once for each node, whose folder of Ray it takes from $FAKE_NODES.
+    "srun": """
+echo "srun $*" >>"$FAKE_LOG"
+node=node1
+for option in "$@"; do case $option in --exclude=node1 | --nodelist=node2) node=node2 ;; esac; done
+export RAY_TMPDIR="$FAKE_NODES/$node-${RAY_TMPDIR##*/}"
+while [ "${1#--}" != "$1" ]; do shift; done
+exec "$@" """,
+    "scontrol": """
+case "$*" in
+    "show hostnames "*) printf 'node1\\nnode2\\n' ;;
+    *"show node node1") echo "NodeName=node1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=node1 Version=22.05" ;;
+    *"show job "*) echo "JobId=4711 JobState=$FAKE_STATE Reason=None" ;;
+    *) echo "$@" >>"$FAKE_LOG" ;;
+esac""",
+    # The workbench as it is, without the cluster, or what a test names; Ray's nodes only wait, as they would.
     "python": """
 case "$*" in
     *ray.scripts.scripts*)
-        echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $*" >>"$FAKE_LOG"
-        exec sleep 300 ;;
-    *workbench.ray_executor.wait*) exit 0 ;;
-    *"-m workbench"*) exec "$REAL_PYTHON" "${@:1:$#-2}" --executor inline ;;
+        echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(stat -c %a "$RAY_TMPDIR") $*" >>"$FAKE_LOG"
+        eval "$FAKE_RAY" ;;
+    *workbench.ray_executor.wait*) eval "$FAKE_WAIT" ;;
+    *"-m workbench"*) eval "$FAKE_DRIVER" ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac""",
 }
@@ -114,9 +126,11 @@ esac""",
 
 @pytest.fixture
 def slurm(toy_study, tmp_path):
-    """Return a maker of Slurm jobs, on one node, whose Slurm only pretends."""
+    """Return a maker of Slurm jobs whose Slurm only pretends, on one node unless told otherwise."""
     tools = tmp_path / "tools"
     tools.mkdir()
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "log").touch()
     for name, text in FAKES.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tools / name).chmod(0o755)
@@ -126,16 +140,21 @@ def slurm(toy_study, tmp_path):
         "PYTHONPATH": str(ROOT),
         "REAL_PYTHON": sys.executable,
         "FAKE_LOG": str(tmp_path / "log"),
+        "FAKE_NODES": str(tmp_path / "nodes"),
+        "FAKE_STATE": "RUNNING",
+        "FAKE_RAY": "exec sleep 300",
+        "FAKE_WAIT": "exit 0",
+        "FAKE_DRIVER": 'exec "$REAL_PYTHON" "${@:1:$#-2}" --executor inline',
         "HOME": str(tmp_path),
         "SLURM_JOB_ID": "4711",
-        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_NODELIST": "node[1-2]",
         "OMP_NUM_THREADS": "1",
     }
     sets = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4")
     told = ["run", str(toy_study), "--profile", "smoke", "--seeds", "1", "--runs", str(tmp_path / "runs")]
     told += [part for item in sets for part in ("--set", item)]
 
-    def start(epochs, **more):
+    def start(epochs=1, **more):
         return subprocess.Popen(
             ["bash", str(SLURM), *told, "--tracking-uri", "http://127.0.0.1:9", "--set", f"training.epochs={epochs}"],
             env=environment | more,
@@ -148,15 +167,97 @@ def slurm(toy_study, tmp_path):
     return start
 
 
+def log_of(tmp_path, word):
+    """Return the lines of what the tools were told that have a word."""
+    return [line for line in (tmp_path / "log").read_text().splitlines() if word in line]
+
+
+DRIVER = """
+trap 'echo "driver stopped" >>"$FAKE_LOG"; stopped=1' TERM
+echo "driver began" >>"$FAKE_LOG"
+while [ -z "$stopped" ]; do sleep .1; done
+sleep .5
+exit """
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [
+        pytest.param(143, "RUNNING", True, id="stopped"),
+        pytest.param(134, "RUNNING", True, id="before-it-could-listen"),
+        pytest.param(143, "COMPLETING", False, id="cancelled"),
+        *(pytest.param(code, "RUNNING", False, id=f"ended-with-{code}") for code in range(5)),
+    ],
+)
+def test_only_an_unfinished_study_is_requeued(slurm, tmp_path, code, state, requeued):
+    """A job whose driver ended by the signal is requeued; not one that ended by itself, nor one that was cancelled.
+
+    The driver gets one signal of two, since a second one would end it before the checkpoints. Nothing is left behind.
+    """
+    job = slurm(FAKE_DRIVER=f"{DRIVER}{code}", FAKE_STATE=state)
+    wait_for(lambda: log_of(tmp_path, "driver began"), job)
+    for _ in range(2):
+        job.send_signal(signal.SIGTERM)
+        wait_for(lambda: log_of(tmp_path, "driver stopped"), job)
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == code, err
+    assert len(log_of(tmp_path, "driver stopped")) == 1
+    assert bool(log_of(tmp_path, "requeue 4711")) is requeued
+    assert ("Not requeued" in err) is (state == "COMPLETING")
+    assert not list((tmp_path / ".workbench").iterdir())
+    assert not list((tmp_path / "nodes").iterdir())
+
+
+def test_each_node_gets_ray_in_a_folder_of_its_own(slurm, tmp_path):
+    """The others join the first where they see it; a step gets all cores of the job, and only the user its folder."""
+    both = 'until [ "$(grep -c ^token "$FAKE_LOG")" -eq 2 ]; do sleep .1; done'
+    job = slurm(FAKE_DRIVER=both, SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="8")
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 0, err
+    head, worker = sorted(log_of(tmp_path, "token 600 700 "), key=lambda line: "--head" not in line)
+    assert "--head --node-ip-address=127.0.0.1 --port=24711 --include-dashboard=false --block --num-cpus=8" in head
+    assert "start --address=127.0.0.1:24711 --block --num-cpus=8" in worker
+    steps = log_of(tmp_path, "srun ")
+    assert [re.search("--(nodelist|exclude)=.....", step)[0] for step in steps] == [
+        "--nodelist=node2",
+        "--nodelist=node1",
+        "--exclude=node1",
+    ]
+    assert all("--cpus-per-task=8 " in step for step in steps)
+    assert not list((tmp_path / "nodes").iterdir())
+
+
+def test_why_ray_did_not_start_is_told(slurm, tmp_path):
+    """The job ends at once with what Ray printed; no study begins."""
+    job = slurm(
+        FAKE_RAY="echo no such port; exit 1",
+        FAKE_WAIT='exec "$REAL_PYTHON" "$@"',
+        FAKE_DRIVER='echo "driver began" >>"$FAKE_LOG"',
+    )
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 1
+    assert re.search(r"0 of 1 nodes came to 127.0.0.1:24711 in \d+ s", err)
+    assert "no such port" in err
+    assert not log_of(tmp_path, "driver began")
+
+
+def wait_for(met, job):
+    """Wait for something of a job that is to go on until then."""
+    give_up = time.monotonic() + PATIENCE
+    while not met():
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+
+
 def stop_under_way(job, tmp_path, *, attempt=1):
     """Send the signal that Slurm sends, once a trial is under way; return exit code and standard error."""
-    give_up = time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
+
+    def under_way():
         events = list((tmp_path / "runs").glob("trials/*/events.jsonl"))
-        if any(item.event.step and item.attempt == attempt for path in events for item in EventReader(path).poll()):
-            break
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.1)
+        return any(item.event.step and item.attempt == attempt for path in events for item in EventReader(path).poll())
+
+    wait_for(under_way, job)
     job.send_signal(signal.SIGTERM)
     _, err = job.communicate(timeout=PATIENCE)
     return job.returncode, err
@@ -173,18 +274,14 @@ def members(group):
 def test_before_the_wall_time_the_job_checkpoints_and_is_requeued(slurm, tmp_path):
     """TERM to the batch script reaches the driver, which leaves with 143 after a checkpoint; then the job is requeued.
 
-    Ray asked for a token that only the user may read, and nothing of it is left behind. The next allocation goes on.
+    The next allocation goes on, until there have been as many as are allowed.
     """
     code, err = stop_under_way(slurm(60), tmp_path)
     assert code == 143, err
-    ray_started, requeued = (tmp_path / "log").read_text().splitlines()
-    assert ray_started.startswith("token 600 ")
-    assert "--head --node-ip-address=127.0.0.1 --port=24711 --block" in ray_started
-    assert requeued == "requeue 4711"
+    assert log_of(tmp_path, "requeue") == ["requeue 4711"]
     (folder,) = (tmp_path / "runs" / "trials").iterdir()
     assert [attempt.outcome for attempt in attempts.read(folder)] == ["interrupted"]
     assert list((folder / "checkpoints").iterdir())
-    assert not list((tmp_path / ".workbench").iterdir())
     code, err = stop_under_way(slurm(60, SLURM_RESTART_COUNT="1", WORKBENCH_RESTARTS="1"), tmp_path, attempt=2)
     assert code == 143
     assert "Not requeued" in err
@@ -194,10 +291,10 @@ def test_before_the_wall_time_the_job_checkpoints_and_is_requeued(slurm, tmp_pat
 @pytest.mark.ci
 def test_a_job_that_ends_is_not_requeued(slurm, tmp_path):
     """When the study has ended the job ends with its exit code, takes Ray along and asks Slurm for nothing."""
-    job = slurm(1)
+    job = slurm()
     _, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, err
-    assert len((tmp_path / "log").read_text().splitlines()) == 1
+    assert not log_of(tmp_path, "requeue")
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up and members(job.pid):
         time.sleep(0.1)

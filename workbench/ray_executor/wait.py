@@ -1,4 +1,7 @@
-"""`python -m workbench.ray_executor.wait ADDRESS NODES`: return once as many nodes of a Ray cluster are there."""
+"""`python -m workbench.ray_executor.wait ADDRESS NODES PID`: return once as many nodes of a Ray cluster are there.
+
+PID is the process that starts them: there is nothing to wait for once it has ended.
+"""
 
 import sys
 import time
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 import ray
 
 from workbench.errors import WorkbenchError
+from workbench.processes import Process
 from workbench.ray_executor.cluster import join, machines
 
 PATIENCE_SECONDS = 600.0
@@ -15,10 +19,10 @@ _POLL_SECONDS = 1.0
 
 def main(arguments: Sequence[str]) -> int:
     """Wait; exit code 1 when they do not come."""
-    address, wanted = arguments[0], int(arguments[1])
-    give_up = time.monotonic() + PATIENCE_SECONDS
+    address, wanted, starter = arguments[0], int(arguments[1]), Process.of(int(arguments[2]))
+    began = time.monotonic()
     found, problem = 0, ""
-    while time.monotonic() < give_up:
+    while starter.alive() and time.monotonic() - began < PATIENCE_SECONDS:
         try:
             join(address)
             found = len(machines())
@@ -29,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
         if found >= wanted:
             return 0
         time.sleep(_POLL_SECONDS)
-    sys.stderr.write(f"{found} of {wanted} nodes came to {address} in {PATIENCE_SECONDS:.0f} s. {problem}\n")
+    waited = time.monotonic() - began
+    sys.stderr.write(f"{found} of {wanted} nodes came to {address} in {waited:.0f} s. {problem}\n")
     return 1
 
 
