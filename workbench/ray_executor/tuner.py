@@ -50,6 +50,8 @@ def run_on_ray(job: Job) -> None:
     with output_to(folder / "ray.log"):
         join(job.address, cores=job.resources.cores)
         try:
+            if job.stop.wanted():
+                return  # it came while Ray started
             if job.searching is None:
                 _fit(job, folder)
             else:
