@@ -141,7 +141,7 @@ class Slot:
         if last is None:
             return
         silence = lease.silent_for(attempts.beat_file(self._store.trial_dir(trial_id), last.number))
-        if silence > lease.EXPIRY_SECONDS and last.worker.alive():  # here: a number elsewhere is anybody's here
+        if silence > lease.EXPIRY_SECONDS and last.worker.alive():
             with suppress(ProcessLookupError):
                 os.kill(last.worker.pid, signal.SIGKILL)
 
@@ -156,9 +156,14 @@ class Slot:
         record_loss(self._store, trial_id, last, kind=kind, message=message)
 
     def _at_work(self, trial_id: str) -> attempts.Attempt | None:
-        """Return the last attempt at a trial where it is one of this driver and has no end."""
-        last = attempts.read(self._store.trial_dir(trial_id))[-1:]
-        return last[0] if last and last[0].outcome is None and last[0].driver == self._task.driver else None
+        """Return the last attempt at a trial where it is of this driver, on this machine, and has no end.
+
+        One elsewhere may still live: Ray moves a trial when it has lost sight of a machine, and its lease will tell.
+        """
+        for last in attempts.read(self._store.trial_dir(trial_id))[-1:]:
+            if last.outcome is None and last.driver == self._task.driver and last.worker.is_here():
+                return last
+        return None
 
 
 def _killed_for_memory() -> int:
