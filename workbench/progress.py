@@ -100,8 +100,10 @@ class Progress:
         return [self._row(trial, records[trial.trial_id]) for trial in ordered]
 
     def _row(self, trial: PlannedTrial, record: TrialRecord) -> tuple[str, ...]:
-        best, speed = best_ap(record), last_speed(self._store.events(trial.trial_id))
-        running = record.state == "running"
+        best, running = best_ap(record), record.state == "running"
+        speed = (
+            last_speed(self._store.events(trial.trial_id)) if running else None
+        )  # all events of others are read anew
         filled = round(share(record) * BAR)
         return (
             trial.variant,
@@ -109,7 +111,7 @@ class Progress:
             record.state,
             f"{'█' * filled}{'·' * (BAR - filled)} {share(record):4.0%}",
             "" if best is None else f"{POINTS * best:.1f}",
-            f"{speed:.0f}" if running and speed else "",
+            f"{speed:.0f}" if speed else "",
             duration(_left(record)) if running and record.step else "",
         )
 

@@ -225,7 +225,8 @@ class Run:
             for trial in failed:
                 for line in failure_lines(self.store, trial):
                     self.say(line)
-            self.say(f"Failed trials are tried again by the same command: {command}")
+            what = "Failed trials are tried again" if failed else "Trials are missing; they are run"
+            self.say(f"{what} by the same command: {command}")
         elif code == LIMIT_REACHED:
             self.say(f"{self.stop.reason}. Nothing that was finished is lost. To go on, with what is said: {command}")
         elif code:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from faults import Fault, Seen, cases
-from toys import STUDY, TINY, Poison, ToyTrainer, _epoch, _result, _started, _steps, executed, toy_plan
+from toys import STUDY, TINY, Poison, ToyTrainer, epoch, executed, result, started, stepped, toy_plan
 
 from workbench import disk, durable
 from workbench.errors import WorkbenchError
@@ -48,7 +48,7 @@ class CheckpointToy(ToyTrainer):
         passed: list[Any] = []
         found = own.load_newest(checkpoints, on_passed_over=passed.append)
         state, path = found if found is not None else ({"step": 0, "weights": f"{seed}"}, None)
-        on_event(_started(state["step"], self.steps, self.every))
+        on_event(started(state["step"], self.steps, self.every))
         for one in passed:
             on_event(CheckpointPassedOver(step=state["step"], path=one.name, reason=one.reason))
         with (checkpoints.parent / "steps.log").open("a") as log:
@@ -58,16 +58,16 @@ class CheckpointToy(ToyTrainer):
                 log.write(f"{step} {os.getpid()}\n")
                 log.flush()
                 state = {"step": step, "weights": hashlib.sha256(f"{state['weights']} {step}".encode()).hexdigest()}
-                on_event(_steps(step, self.every))
+                on_event(stepped(step, self.every))
                 stopped = should_stop() and step < self.steps
                 if step % self.every == 0 or stopped:
                     if step % self.every == 0:
-                        on_event(_epoch(step, self.every))
+                        on_event(epoch(step, self.every))
                     path = own.save_checkpoint(checkpoints, step, {"weights": state["weights"]})
                     on_event(CheckpointSaved(step=step, path=path.name))
                 if stopped:
-                    return _of(_result("interrupted", state, checkpoints), path)
-        return _of(_result("finished", state, checkpoints), path)
+                    return _of(result("interrupted", state["step"], state["weights"], checkpoints), path)
+        return _of(result("finished", state["step"], state["weights"], checkpoints), path)
 
     def evaluate(self, _config: Any, _evaluation: Any, *, checkpoint: Path, **_: Any) -> SimpleNamespace:
         """Give every checkpoint an AP of its weights."""

@@ -119,32 +119,32 @@ class ToyTrainer:
         state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "weights": f"{seed}"}
         if self.forgetful:
             state["weights"] = f"{seed}"
-        on_event(_started(state["step"], self.steps, self.every))
+        on_event(started(state["step"], self.steps, self.every))
         with (checkpoints.parent / "steps.log").open("a") as log:
             while state["step"] < self.steps:
                 step = state["step"] + 1
                 if self._struck(step, seed):
                     on_event(Diverged(step=step, reason="the loss is nan"))
-                    return _result("diverged", state, checkpoint)
+                    return result("diverged", state["step"], state["weights"], checkpoint)
                 time.sleep(self.seconds)
                 log.write(f"{step} {os.getpid()}\n")
                 log.flush()
                 state = {"step": step, "weights": hashlib.sha256(f"{state['weights']} {step}".encode()).hexdigest()}
-                on_event(_steps(step, self.every))
+                on_event(stepped(step, self.every))
                 if step % self.every == 0:
-                    on_event(_epoch(step, self.every))
+                    on_event(epoch(step, self.every))
                     _write(checkpoint, state)
                     on_event(CheckpointSaved(step=step, path=checkpoint.name))
                 if should_stop() and step < self.steps:
                     _write(checkpoint, state)
-                    return _result("interrupted", state, checkpoint)
-        return _result("finished", state, checkpoint)
+                    return result("interrupted", state["step"], state["weights"], checkpoint)
+        return result("finished", state["step"], state["weights"], checkpoint)
 
     def evaluate(self, _config: Any, _evaluation: Any, *, checkpoint: Path, **_: Any) -> SimpleNamespace:
         """Give every checkpoint an AP of its weights."""
         ap = int(json.loads(checkpoint.read_text())["weights"][:4], 16) / 0xFFFF
         predictions = {"image_id": np.arange(3), "score": np.array([0.9, 0.5, 0.1], dtype=np.float32)}
-        return SimpleNamespace(metrics=_metrics(ap), predictions=predictions, seconds=0.0)
+        return SimpleNamespace(metrics=metrics(ap), predictions=predictions, seconds=0.0)
 
     def _struck(self, step: int, seed: int) -> bool:
         for poison in self.poisons:
@@ -175,12 +175,14 @@ def _write(path: Path, state: dict[str, Any]) -> None:
     draft.replace(path)
 
 
-def _metrics(ap: float) -> Metrics:
+def metrics(ap: float) -> Metrics:
+    """Return COCO numbers of which only AP and AP50 are known."""
     names = ("ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
     return Metrics(ap=ap, ap50=ap, **dict.fromkeys(names))
 
 
-def _started(step: int, total: int, every: int) -> TrainingStarted:
+def started(step: int, total: int, every: int) -> TrainingStarted:
+    """Return the event of a training of `total` steps that begins at `step`; an epoch has `every` of them."""
     return TrainingStarted(
         step=step,
         total_steps=total,
@@ -192,7 +194,8 @@ def _started(step: int, total: int, every: int) -> TrainingStarted:
     )
 
 
-def _steps(step: int, every: int) -> StepsTaken:
+def stepped(step: int, every: int, *, pace: float = 1.0) -> StepsTaken:
+    """Return the event of a step, of which each takes `pace` seconds."""
     return StepsTaken(
         step=step,
         epoch=step / every,
@@ -200,11 +203,12 @@ def _steps(step: int, every: int) -> StepsTaken:
         grad_norm=0.5,
         learning_rate=1e-3,
         pictures_per_s=50.0,
-        seconds=1.0 * step,
+        seconds=pace * step,
     )
 
 
-def _epoch(step: int, every: int) -> EpochFinished:
+def epoch(step: int, every: int, *, pace: float = 1.0, parameters: str = "raw") -> EpochFinished:
+    """Return the event of the epoch that ends with a step; its AP is a hundredth of the steps."""
     return EpochFinished(
         step=step,
         epoch=step // every,
@@ -213,18 +217,19 @@ def _epoch(step: int, every: int) -> EpochFinished:
         learning_rate=1e-3,
         pictures_per_s=50.0,
         peak_memory_bytes=1000,
-        seconds=1.0 * step,
-        metrics={"raw": _metrics(step / 100)},
+        seconds=pace * step,
+        metrics={parameters: metrics(step / 100)},
     )
 
 
-def _result(outcome: str, state: dict[str, Any], checkpoint: Path) -> SimpleNamespace:
+def result(outcome: str, step: int, weights: str, checkpoint: Path, *, pace: float = 1.0) -> SimpleNamespace:
+    """Return what a training comes to."""
     return SimpleNamespace(
         outcome=outcome,
         reason="the loss is nan" if outcome == "diverged" else "",
-        step=state["step"],
-        seconds=1.0 * state["step"],
-        weights_hash=state["weights"],
+        step=step,
+        seconds=pace * step,
+        weights_hash=weights,
         peak_memory_bytes=1000,
         checkpoint=checkpoint if checkpoint.exists() else None,
         num_parameters=7,

@@ -90,6 +90,22 @@ def test_a_terminal_is_redrawn_in_place(store, toy_plan, toy_trainer, monkeypatc
     assert stream.getvalue().endswith("\x1b[6F\x1b[JStopping.\n")
 
 
+def test_only_what_runs_is_read_for_each_drawing(store, toy_plan, toy_trainer, monkeypatch):
+    """A terminal is drawn every second, and a study may have hundreds of trials that have ended."""
+    monkeypatch.setenv("TERM", "xterm")
+    first, second = (toy_plan.specs[trial.trial_id] for trial in toy_plan.trials[:2])
+    execute(first, store.root, should_stop=lambda: False, trainer=toy_trainer())
+    watched, read = progress(store, toy_plan, Terminal()), []
+    monkeypatch.setattr("workbench.progress.last_speed", read.append)
+
+    def look(step):
+        if step == 4:
+            watched.update()
+
+    execute(second, store.root, should_stop=lambda: False, trainer=toy_trainer(before_step=look))
+    assert len(read) == 1
+
+
 def test_the_time_left_counts_all_that_is_to_come(fake_results):
     """Trials of known length, shared by two workers: what is running counts by its rest."""
     results = fake_results({"a": [0.3] * 2, "b": [0.3] * 2}, looks=((2, 0.05),), states={("b", 1): "running"})
