@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from workbench.arguments import doctor_options, evaluate_options, json_option, number, runs_option, selection_options
 from workbench.errors import StoreError, StudyFileError, WorkbenchError
@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.command(options)
         sys.stdout.flush()
     except WorkbenchError as error:
-        _write(sys.stderr, f"{error}\n")
+        _tell(str(error))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        _write(sys.stderr, "Interrupted. The same command goes on from here.\n")
+        _tell("Interrupted. The same command goes on from here.")
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
@@ -116,16 +116,16 @@ def _command(
     return parser
 
 
-def _write(stream: TextIO, text: str) -> None:
-    stream.write(visible(text))
+def _write(text: str) -> None:
+    sys.stdout.write(visible(text))
 
 
 def _tell(line: str) -> None:
-    _write(sys.stderr, f"{line}\n")
+    sys.stderr.write(visible(f"{line}\n"))
 
 
 def _write_result(options: argparse.Namespace, described: dict[str, Any], text: str) -> None:
-    _write(sys.stdout, json.dumps(described, indent=2) + "\n" if options.json else text)
+    _write(json.dumps(described, indent=2) + "\n" if options.json else text)
 
 
 def _selected(options: argparse.Namespace) -> "Selection":
@@ -160,7 +160,7 @@ def _results(options: argparse.Namespace) -> "StudyResults":
 
 def _warn_of_unreadable(problems: Iterable[str]) -> None:
     for problem in dict.fromkeys(problems):
-        _write(sys.stderr, f"Warning: left out of the records: {problem}\n")
+        _tell(f"Warning: left out of the records: {problem}")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -186,7 +186,7 @@ def _steer(options: argparse.Namespace) -> int:
     from workbench.steering import steer
     from workbench.store import Store
 
-    _write(sys.stdout, steer(_planned(options), Store(options.runs, create=False), options.wanted) + "\n")
+    _write(steer(_planned(options), Store(options.runs, create=False), options.wanted) + "\n")
     return 0
 
 
@@ -197,14 +197,12 @@ def _plan(options: argparse.Namespace) -> int:
     from workbench.costs import machine_for
 
     for warning in results.plan.warnings:
-        _write(sys.stderr, f"Warning: {warning}\n")
+        _tell(f"Warning: {warning}")
     machine = machine_for(results.plan, gpus=options.gpus)
     if options.probe:
         from workbench.probe import probe_where_needed
 
-        probe_where_needed(
-            results, machine, allow_code=options.allow_code, tell=lambda line: _write(sys.stderr, f"{line}\n")
-        )
+        probe_where_needed(results, machine, allow_code=options.allow_code, tell=_tell)
     described = forecast.describe(results, explain=options.explain, machine=machine)
     _write_result(options, described, forecast.as_text(described))
     return 0
@@ -231,7 +229,7 @@ def _check(options: argparse.Namespace) -> int:
             except WorkbenchError as error:
                 problems |= dict.fromkeys(str(error).splitlines())
         if len(problems) == before:
-            _write(sys.stdout, f"{path}: valid ({', '.join(profiles)})\n")
+            _write(f"{path}: valid ({', '.join(profiles)})\n")
     if problems:
         raise StudyFileError("\n".join(problems))
     return 0
@@ -265,9 +263,9 @@ def _report(options: argparse.Namespace) -> int:
 
     text = render(results, format=options.format, out=options.out)
     if options.out is None:
-        _write(sys.stdout, text)
+        _write(text)
     else:
-        _write(sys.stderr, f"Written: {options.out}\n")
+        _tell(f"Written: {options.out}")
     return 0
 
 
@@ -293,11 +291,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     from workbench.gate_command import doctor as gate
 
-    return gate(
-        options,
-        write=lambda described, text: _write_result(options, described, text),
-        tell=lambda line: _write(sys.stderr, f"{line}\n"),
-    )
+    return gate(options, write=lambda described, text: _write_result(options, described, text), tell=_tell)
 
 
 def _sync(options: argparse.Namespace) -> int:
@@ -326,5 +320,5 @@ def _fetch(options: argparse.Namespace) -> int:
 def _schema(options: argparse.Namespace) -> int:  # noqa: ARG001 - every command takes the options
     from workbench.study_schema import schema_text
 
-    _write(sys.stdout, schema_text())
+    _write(schema_text())
     return 0

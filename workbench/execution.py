@@ -101,7 +101,7 @@ class StopRequest:
             raise StopNow(number)
         self.signal = number
         self._pass_on()
-        with suppress(OSError):  # the terminal may be what went away
+        with suppress(OSError, RuntimeError):  # the terminal went away, or is in the midst of another line
             self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
 
     def _pass_on(self) -> None:

@@ -36,7 +36,7 @@ class Progress:
         self._drawn = 0  # lines on the screen
         self._said_at = 0.0
         self._before = self._read()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while a line is said, and has one to say itself
 
     @contextmanager
     def showing(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ failed is tried once more.
 import shlex
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +27,12 @@ from workbench.processes import Process
 from workbench.progress import Progress
 from workbench.records import StudyRef, StudyResults
 from workbench.retrying import canary_says, own_attempts
-from workbench.screen import failure_lines, kept, line_to
+from workbench.screen import failure_lines, gpu_lines, kept, line_to, page_lines
 from workbench.searching import Searching
 from workbench.spending import spent
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
-from workbench.trial import complete, write_error
+from workbench.trial import complete, record_loss
 from workbench.user_code import refuse_code
 from workbench.verdict import judge
 
@@ -64,30 +63,17 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         source = plan.study.path.read_text(encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{plan.study.path}: cannot be read again ({error.strerror})") from error
-    with disk.in_words(store.root):
+    with disk.in_words(store.root), kept(err) as screen:
         ref = store.register(plan, source=source)
-    waiting = line_to(err) if options.wait else None
-    with disk.in_words(store.root, exit_code=1), kept(err) as screen, store.lock(ref, wait=waiting) as hold:
-        uri = options.tracking_uri or plan.study.tracking_uri
-        mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
-        run = _kind_of_run(plan)(plan, store, ref, mirror, wishes=hold.wish_file, options=options, err=screen)
-        hold.on_loss(run.stop_superseded)
-        with run.stop.listening():
-            run.require_gate()
-            try:
-                code = run.looks()
-                interrupted = code > LIMIT_REACHED
-                if not interrupted:
-                    out.write(run.report())
-                    out.flush()
-                mirror.finish(limit=FLUSH_STOPPED_SECONDS if interrupted else FLUSH_SECONDS)
-                if not interrupted:
-                    run.say_spending()
-            except Exception as error:
-                run.call_hook(getattr(error, "exit_code", 1))
-                raise
-            run.call_hook(code)
-            return run.say_end(code)
+        waiting = line_to(screen) if options.wait else None
+        with disk.in_words(store.root, exit_code=1), store.lock(ref, wait=waiting) as hold:
+            uri = options.tracking_uri or plan.study.tracking_uri
+            mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
+            run = _kind_of_run(plan)(plan, store, ref, mirror, wishes=hold.wish_file, options=options, err=screen)
+            hold.on_loss(run.stop_superseded)
+            with run.stop.listening():
+                run.require_gate()
+                return run.to_its_end(out)
 
 
 def _kind_of_run(plan: Plan) -> "type[Run]":
@@ -151,6 +137,24 @@ class Run:
             log=self.ref.path / "ray_check.log",
             tell=self.say,
         )
+
+    def to_its_end(self, out: TextIO) -> int:
+        """Run, judge and report; tell MLflow and the hook; return the exit code."""
+        try:
+            with disk.in_words(self.store.root):
+                code = self.looks()
+                interrupted = code > LIMIT_REACHED
+                if not interrupted:
+                    out.write(self.report())
+                    out.flush()
+                self.mirror.finish(limit=FLUSH_STOPPED_SECONDS if interrupted else FLUSH_SECONDS)
+                if not interrupted:
+                    self.say_spending()
+        except Exception as error:
+            self.call_hook(getattr(error, "exit_code", 1))
+            raise
+        self.call_hook(code)
+        return self.say_end(code)
 
     def looks(self) -> int:
         """Complete look after look; return the exit code."""
@@ -216,7 +220,8 @@ class Run:
             for trial in failed:
                 for line in failure_lines(self.store, trial):
                     self.say(line)
-            self.say(f"Failed trials are tried again by the same command: {command}")
+            what = "Failed trials are tried again" if failed else "Trials are missing; they are run"
+            self.say(f"{what} by the same command: {command}")
         elif code == LIMIT_REACHED:
             self.say(f"{self.stop.reason}. Nothing that was finished is lost. To go on, with what is said: {command}")
         elif code:
@@ -296,22 +301,11 @@ class Run:
 
     def _record_lost(self, trials: tuple[PlannedTrial, ...]) -> None:
         """Write an error for trials whose slot died, as the ones that Ray gave them to next did, too."""
+        message = f"its process died without an error, as when memory runs out; see {self.ref.path / 'ray'}"
         for trial in trials:
-            folder = self.store.trial_dir(trial.trial_id)
             own = self._own(trial)
-            if self.store.state(trial.trial_id) != "interrupted" or not own or own[-1].ended_well():
-                continue
-            last = own[-1]
-            write_error(
-                folder,
-                kind="worker_lost",
-                error_type="WorkerLost",
-                message=f"its process died without an error, as when memory runs out; see {self.ref.path / 'ray'}",
-                attempt=last.number,
-                step=self.store.record(trial.trial_id).step,
-                trace="",
-            )
-            attempts.end_for_dead(folder, last, outcome="failed", failure="worker_lost")
+            if self.store.state(trial.trial_id) == "interrupted" and own and not own[-1].ended_well():
+                record_loss(self.store, trial.trial_id, own[-1], kind="worker_lost", message=message)
 
     def _stop_for_disk(self, line: str) -> None:
         self.stop.stop()
@@ -361,31 +355,21 @@ class Run:
         (self.progress.say if self.progress else self.say)(line)
 
     def _say_start(self, number: int, trials: tuple[PlannedTrial, ...]) -> None:
-        study, resources = self.plan.study, self.resources
-        over = sum(self._over(trial) for trial in trials)
+        study, over = self.plan.study, sum(self._over(trial) for trial in trials)
         self.say(
             f"{study.name} ({study.profile}), look {number} of {len(study.looks)}: {len(trials)} trials, {over} "
-            f"already done; {self._slots()} at once on {resources.device}, "
-            f"{resources.threads} thread{'s' if resources.threads > 1 else ''} each"
+            f"already done; {self._slots()} at once on {self.resources.device}, "
+            f"{self.resources.threads} thread{'s' if self.resources.threads > 1 else ''} each"
         )
-        if resources.gpus:
-            names = ", ".join(f"{count} x {name}" for name, count in Counter(resources.gpus).items())
-            each = f"uses them, {resources.demand.gpus * resources.demand.world_size:g} a trial"
-            used = each if resources.device == "cuda" else "draws its pictures and stays on the CPU"
-            self.say(f"GPUs: {names}; profile {study.profile} {used}")
-        for warning in self.plan.warnings:
-            self.say(f"Warning: {warning}")
+        for line in gpu_lines(study, self.resources):
+            self.say(line)
         self._say_pages()
 
     def _say_pages(self) -> None:
-        """Say where to watch, and get what all trials need."""
-        line = commands.mlflow_command(self.mirror.tracking_uri)
-        server = self.mirror.tracking_uri.rstrip("/") if line is None else "http://127.0.0.1:5000"
-        pages = f"{server}/#/experiments?workflowType=machine_learning"
-        self.say(f"MLflow:    {line or pages}")
-        if line:
-            self.say(f"           then {pages}")
-        self.say(f"Dashboard: {commands.dashboard_command(self.store.root)}")
+        """Say what to know of the plan and where to watch, and get what all trials need."""
+        warnings = [f"Warning: {warning}" for warning in self.plan.warnings]
+        for line in [*warnings, *page_lines(self.mirror.tracking_uri, self.store.root)]:
+            self.say(line)
         if self.options.executor == "ray":
             self._prepare_kernel()
             self.say("Starting the processes that train, which takes some ten seconds")

@@ -129,8 +129,6 @@ class SearchRun(Run):
             f"{search.configurations} configurations for each of {len(self.found.variants)} variants, {over} already "
             f"over; {self._slots()} at once on {self.resources.device}"
         )
-        for warning in self.plan.warnings:
-            self.say(f"Warning: {warning}")
         self._say_pages()
 
     def _say_tried(self, trial_id: str) -> None:

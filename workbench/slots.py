@@ -24,7 +24,7 @@ from workbench.store import Store
 from workbench.study import TrialSpec
 from workbench.template import AVAILABLE, Fresh, Here, Lost, Template
 from workbench.trainers import Trainer
-from workbench.trial import execute, write_error
+from workbench.trial import execute, record_loss
 
 CANARY_PATIENCE_SECONDS = 600.0
 """How long trials wait for the first one to take a step; its data may have to be prepared."""
@@ -137,29 +137,33 @@ class Slot:
 
     def _watch(self, trial_id: str) -> None:
         """Kill a process that does not even beat any more: it cannot end itself."""
-        folder = self._store.trial_dir(trial_id)
-        tried = attempts.read(folder)
-        if not tried or tried[-1].outcome is not None or tried[-1].driver != self._task.driver:
+        last = self._at_work(trial_id)
+        if last is None:
             return
-        worker, silence = tried[-1].worker, lease.silent_for(attempts.beat_file(folder, tried[-1].number))
-        if silence > lease.EXPIRY_SECONDS and worker.alive():  # here: another machine's number may be anybody's
+        silence = lease.silent_for(attempts.beat_file(self._store.trial_dir(trial_id), last.number))
+        if silence > lease.EXPIRY_SECONDS and last.worker.alive():
             with suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGKILL)
+                os.kill(last.worker.pid, signal.SIGKILL)
 
     # After
 
     def _record_loss(self, trial_id: str, lost: Lost, *, out_of_memory: bool) -> None:
-        folder = self._store.trial_dir(trial_id)
-        tried = attempts.read(folder)
-        if not tried or tried[-1].outcome is not None or tried[-1].driver != self._task.driver:
+        last = self._at_work(trial_id)
+        if last is None:
             return  # it had put its end on record, or it never began
         kind: FailureClass = "out_of_memory" if out_of_memory else "worker_lost"
         message = f"{lost}, because memory ran out" if out_of_memory else f"{lost}; what it printed: {self._task.logs}"
-        step = self._store.record(trial_id).step
-        write_error(
-            folder, kind=kind, error_type="Lost", message=message, attempt=tried[-1].number, step=step, trace=""
-        )
-        attempts.end_for_dead(folder, tried[-1], outcome="failed", failure=kind)
+        record_loss(self._store, trial_id, last, kind=kind, message=message)
+
+    def _at_work(self, trial_id: str) -> attempts.Attempt | None:
+        """Return the last attempt at a trial where it is of this driver, on this machine, and has no end.
+
+        One elsewhere may still live: Ray moves a trial when it has lost sight of a machine, and its lease will tell.
+        """
+        for last in attempts.read(self._store.trial_dir(trial_id))[-1:]:
+            if last.outcome is None and last.driver == self._task.driver and last.worker.is_here():
+                return last
+        return None
 
 
 def _killed_for_memory() -> int:

@@ -359,6 +359,13 @@ def write_error(
     disk.patiently(lambda: durable.write_json(folder / "error.json", told))
 
 
+def record_loss(store: Store, trial_id: str, attempt: attempts.Attempt, *, kind: FailureClass, message: str) -> None:
+    """Put on record how an attempt ended whose process is dead and can say nothing more."""
+    folder, step = store.trial_dir(trial_id), store.record(trial_id).step
+    write_error(folder, kind=kind, error_type="Lost", message=message, attempt=attempt.number, step=step, trace="")
+    attempts.end_for_dead(folder, attempt, outcome="failed", failure=kind)
+
+
 def _cpu_seconds() -> float:
     """CPU time of this process and of the loaders that it has ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -120,7 +120,7 @@ class ToyTrainer:
         state, checkpoint = self._load(checkpoints, passed.append) or ({"step": 0, "weights": f"{seed}"}, None)
         if self.forgetful:
             state["weights"] = f"{seed}"
-        on_event(_started(state["step"], self.steps, self.every))
+        on_event(started(state["step"], self.steps, self.every))
         for one in passed:
             on_event(CheckpointPassedOver(step=state["step"], path=one.name, reason=one.reason))
         with (checkpoints.parent / "steps.log").open("a") as log:
@@ -128,25 +128,25 @@ class ToyTrainer:
                 step = state["step"] + 1
                 if self._struck(step, seed):
                     on_event(Diverged(step=step, reason="the loss is nan"))
-                    return _result("diverged", state, checkpoint)
+                    return result("diverged", state["step"], state["weights"], checkpoint)
                 time.sleep(self.seconds)
                 log.write(f"{step} {os.getpid()}\n")
                 log.flush()
                 state = {"step": step, "weights": hashlib.sha256(f"{state['weights']} {step}".encode()).hexdigest()}
-                on_event(_steps(step, self.every))
+                on_event(stepped(step, self.every))
                 if step % self.every == 0:
-                    on_event(_epoch(step, self.every))
+                    on_event(epoch(step, self.every))
                     checkpoint = self._save(checkpoints, state)
                     on_event(CheckpointSaved(step=step, path=checkpoint.name))
                 if should_stop() and step < self.steps:
-                    return _result("interrupted", state, self._save(checkpoints, state))
-        return _result("finished", state, checkpoint)
+                    return result("interrupted", state["step"], state["weights"], self._save(checkpoints, state))
+        return result("finished", state["step"], state["weights"], checkpoint)
 
     def evaluate(self, _config: Any, _evaluation: Any, *, checkpoint: Path, **_: Any) -> SimpleNamespace:
         """Give every checkpoint an AP of its weights."""
         ap = int(self._weights(checkpoint)[:4], 16) / 0xFFFF
         predictions = {"image_id": np.arange(3), "score": np.array([0.9, 0.5, 0.1], dtype=np.float32)}
-        return SimpleNamespace(metrics=_metrics(ap), predictions=predictions, seconds=0.0)
+        return SimpleNamespace(metrics=metrics(ap), predictions=predictions, seconds=0.0)
 
     def _load(
         self, checkpoints: Path, _on_passed_over: Callable[[PassedOver], None]
@@ -207,12 +207,14 @@ def executed(folder: Path) -> list[int]:
     return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _metrics(ap: float) -> Metrics:
+def metrics(ap: float) -> Metrics:
+    """Return COCO numbers of which only AP and AP50 are known."""
     names = ("ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
     return Metrics(ap=ap, ap50=ap, **dict.fromkeys(names))
 
 
-def _started(step: int, total: int, every: int) -> TrainingStarted:
+def started(step: int, total: int, every: int) -> TrainingStarted:
+    """Return the event of a training of `total` steps that begins at `step`; an epoch has `every` of them."""
     return TrainingStarted(
         step=step,
         total_steps=total,
@@ -224,7 +226,8 @@ def _started(step: int, total: int, every: int) -> TrainingStarted:
     )
 
 
-def _steps(step: int, every: int) -> StepsTaken:
+def stepped(step: int, every: int, *, pace: float = 1.0) -> StepsTaken:
+    """Return the event of a step, of which each takes `pace` seconds."""
     return StepsTaken(
         step=step,
         epoch=step / every,
@@ -232,11 +235,12 @@ def _steps(step: int, every: int) -> StepsTaken:
         grad_norm=0.5,
         learning_rate=1e-3,
         pictures_per_s=50.0,
-        seconds=1.0 * step,
+        seconds=pace * step,
     )
 
 
-def _epoch(step: int, every: int) -> EpochFinished:
+def epoch(step: int, every: int, *, pace: float = 1.0, parameters: str = "raw") -> EpochFinished:
+    """Return the event of the epoch that ends with a step; its AP is a hundredth of the steps."""
     return EpochFinished(
         step=step,
         epoch=step // every,
@@ -245,18 +249,19 @@ def _epoch(step: int, every: int) -> EpochFinished:
         learning_rate=1e-3,
         pictures_per_s=50.0,
         peak_memory_bytes=1000,
-        seconds=1.0 * step,
-        metrics={"raw": _metrics(step / 100)},
+        seconds=pace * step,
+        metrics={parameters: metrics(step / 100)},
     )
 
 
-def _result(outcome: str, state: dict[str, Any], checkpoint: Path | None) -> SimpleNamespace:
+def result(outcome: str, step: int, weights: str, checkpoint: Path | None, *, pace: float = 1.0) -> SimpleNamespace:
+    """Return what a training comes to."""
     return SimpleNamespace(
         outcome=outcome,
         reason="the loss is nan" if outcome == "diverged" else "",
-        step=state["step"],
-        seconds=1.0 * state["step"],
-        weights_hash=state["weights"],
+        step=step,
+        seconds=pace * step,
+        weights_hash=weights,
         peak_memory_bytes=1000,
         checkpoint=checkpoint,
         num_parameters=7,

@@ -1,6 +1,7 @@
 """What the tests of records and execution share: a tiny study, and a trainer that only pretends."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,25 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from core.events import CheckpointSaved, Diverged, EpochFinished, StepsTaken, TrainingStarted
-from core.metrics import Metrics
+sys.path.append(str(Path(__file__).parents[1] / "faults"))
+
+from toys import STUDY, TINY, epoch, metrics, result, started, stepped
+
+from core.events import CheckpointSaved, Diverged
 from workbench import bands, gate
 from workbench.plan import make_plan
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 
-TOY_STUDY = """\
-version: 1
-study: toy
-question: Does a heavier box loss help?
-baseline: plain
-variants:
-  plain: {}
-  sharp: {why: boxes weigh more, set: {loss.weight_giou: 4.0}}
-claims:
-  - {id: sharp_better, text: Sharp is better., plus: sharp, minus: plain, metric: ap, kind: superiority}
-scope: seeds
-"""
 PROFILE = """\
 looks: {seeds: [2], alpha: [0.05]}
 margins: {ap: 0.02}
@@ -43,7 +35,8 @@ set:
   evaluation.training_subset: 2
   training: {epochs: 3, batch_size: 2, lr: 2.0e-3, lr_backbone: 2.0e-3, ema_decay: 0.9}
 """
-TINY = ("data.side=32", "data.num_train=16", "data.num_val=8", "evaluation.training_subset=4", "training.epochs=1")
+TOY_STUDY = STUDY.format(name="toy")
+EVERY, PACE = 2, 2.0  # steps of an epoch, seconds of a step
 
 
 @pytest.fixture
@@ -125,27 +118,27 @@ class ToyTrainer:
         checkpoint = checkpoints / "toy.json"
         step = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
         self.calls.append(f"train from {step}")
-        on_event(_started(step, self.steps))
+        on_event(started(step, self.steps, EVERY))
         while step < self.steps:
             self.before_step(step + 1)
             step += 1
-            on_event(_steps(step))
-            if step % 2 == 0:
-                on_event(epoch_event(step // 2, ap=step / 100))
+            on_event(stepped(step, EVERY, pace=PACE))
+            if step % EVERY == 0:
+                on_event(epoch(step, EVERY, pace=PACE, parameters="averaged"))
                 checkpoint.write_text(json.dumps(step))
                 on_event(CheckpointSaved(step=step, path=checkpoint.name))
             if should_stop():
                 checkpoint.write_text(json.dumps(step))
-                return _result("interrupted", step, checkpoint)
+                return result("interrupted", step, f"weights-{step}", checkpoint, pace=PACE)
         if self.outcome == "diverged":
             on_event(Diverged(step=step, reason="the loss is nan"))
-        return _result(self.outcome, step, checkpoint)
+        return result(self.outcome, step, f"weights-{step}", checkpoint, pace=PACE)
 
     def evaluate(self, _config, evaluation, **_):
         """Give every checkpoint an AP of .25."""
         self.calls.append(f"evaluate {evaluation.parameters}")
         predictions = {"image_id": np.arange(3), "score": np.array([0.9, 0.5, 0.1], dtype=np.float32)}
-        return SimpleNamespace(metrics=coco(0.25), predictions=predictions, seconds=0.1)
+        return SimpleNamespace(metrics=metrics(0.25), predictions=predictions, seconds=0.1)
 
 
 @pytest.fixture(scope="session")
@@ -156,58 +149,6 @@ def toy_trainer():
 
 def _nothing(_step):
     """Before a step that goes well."""
-
-
-def coco(ap):
-    """COCO numbers of which only AP and AP50 are known."""
-    names = ("ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
-    return Metrics(ap=ap, ap50=ap, **dict.fromkeys(names))
-
-
-def epoch_event(epoch, *, ap):
-    """An epoch of two steps."""
-    return EpochFinished(
-        step=2 * epoch,
-        epoch=epoch,
-        losses={"total": 1 / epoch},
-        grad_norm=0.5,
-        learning_rate=1e-3,
-        pictures_per_s=50.0,
-        peak_memory_bytes=1000,
-        seconds=4.0 * epoch,
-        metrics={"averaged": coco(ap)},
-    )
-
-
-def _started(step, total):
-    return TrainingStarted(
-        step=step, total_steps=total, total_epochs=total // 2, num_parameters=7, threads=1, device="cpu", process_id=1
-    )
-
-
-def _steps(step):
-    return StepsTaken(
-        step=step,
-        epoch=step / 2,
-        losses={"total": 2 / step},
-        grad_norm=0.5,
-        learning_rate=1e-3,
-        pictures_per_s=50.0,
-        seconds=2.0 * step,
-    )
-
-
-def _result(outcome, step, checkpoint: Path):
-    return SimpleNamespace(
-        outcome=outcome,
-        reason="the loss is nan" if outcome == "diverged" else "",
-        step=step,
-        seconds=2.0 * step,
-        weights_hash=f"weights-{step}",
-        peak_memory_bytes=1000,
-        checkpoint=checkpoint,
-        num_parameters=7,
-    )
 
 
 @pytest.fixture

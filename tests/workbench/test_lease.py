@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
+from unittest import mock
 
 import pytest
 
 from workbench import attempts, lease
 from workbench.processes import Process
 from workbench.slots import Slot, Task
+from workbench.template import Lost
 
 WORKER = """
 import sys, time
@@ -85,13 +86,13 @@ def test_a_file_system_that_is_away_does_not_end_the_beat(tmp_path, monkeypatch)
     assert lease.beats(tmp_path / "beat") >= 6
 
 
-@pytest.mark.parametrize("here", [True, False])
-def test_a_slot_kills_what_is_silent_and_only_on_its_own_machine(store, tmp_path, monkeypatch, here):
-    """A trial that Ray has moved here from a dead machine names a process there, whose number may be another's here."""
+@pytest.fixture
+def slot(store, tmp_path, monkeypatch):
+    """Return a slot, for which silence counts at once, and a function that begins the trial `one` as a process."""
     monkeypatch.setattr(lease, "EXPIRY_SECONDS", -1.0)
     driver = Process.current()
     task = Task(
-        run=partial(print),
+        run=print,
         runs=store.root,
         logs=tmp_path,
         stop=tmp_path / "wish",
@@ -99,21 +100,42 @@ def test_a_slot_kills_what_is_silent_and_only_on_its_own_machine(store, tmp_path
         retries=0,
         processes="here",
     )
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        process = Process.of(child.pid)
-        worker = process if here else replace(process, boot="another machine of the same name")
-        monkeypatch.setattr(Process, "current", lambda **_: worker)
-        attempts.begin(store.trial_dir("one"), driver=driver)
-        monkeypatch.undo()
-        monkeypatch.setattr(lease, "EXPIRY_SECONDS", -1.0)
-        Slot(task)._watch("one")
-        if here:
-            assert child.wait(5) == -signal.SIGKILL
-            Slot(task)._watch("one")  # which is no error when it is gone already
-        else:
-            with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(0.5)
-        child.kill()
+
+    def begin_as(process):
+        with mock.patch.object(Process, "current", return_value=process):
+            attempts.begin(store.trial_dir("one"), driver=driver)
+
+    return Slot(task), begin_as
+
+
+@pytest.fixture
+def child():
+    """Return a process that waits."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def test_a_slot_kills_a_process_that_is_silent(slot, child, store):
+    """One that does not even beat cannot end itself; that it has just ended is no error, and is put on record."""
+    found, begin_as = slot
+    begin_as(Process.of(child.pid))
+    found._watch("one")
+    assert child.wait(5) == -signal.SIGKILL
+    found._watch("one")
+    found._record_loss("one", Lost("killed"), out_of_memory=False)
+    assert store.state("one") == "failed"
+
+
+def test_a_slot_leaves_processes_elsewhere_alone(slot, child, store):
+    """A trial that Ray has moved here may still run there, under a number that is another process's here."""
+    found, begin_as = slot
+    begin_as(replace(Process.of(child.pid), boot="another machine of the same name"))
+    found._watch("one")
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    found._record_loss("one", Lost("killed before it began"), out_of_memory=False)
+    assert attempts.read(store.trial_dir("one"))[0].outcome is None
 
 
 def test_the_first_step_is_shown_at_once(tmp_path):

@@ -1,6 +1,7 @@
 """The live table, in a terminal and in a log file."""
 
 import io
+import threading
 
 import pytest
 
@@ -88,6 +89,40 @@ def test_a_terminal_is_redrawn_in_place(store, toy_plan, toy_trainer, monkeypatc
     assert first.split() == ["sharp", "1", "running", "██████······", "50%", "2.0", "50", "0:06"]
     watched.say("Stopping.")
     assert stream.getvalue().endswith("\x1b[6F\x1b[JStopping.\n")
+
+
+def test_a_signal_in_the_midst_of_a_line_has_its_own_line(store, toy_plan):
+    """A handler runs in the thread that it interrupts, and must not wait for that thread to end its line."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text):
+            if text == "first\n":
+                watched.say("from the handler")
+            return super().write(text)
+
+    stream = Interrupted()
+    watched = progress(store, toy_plan, stream)
+    speaker = threading.Thread(target=watched.say, args=("first",), daemon=True)
+    speaker.start()
+    speaker.join(5)
+    assert not speaker.is_alive()
+    assert stream.getvalue() == "from the handler\nfirst\n"
+
+
+def test_only_what_runs_is_read_for_each_drawing(store, toy_plan, toy_trainer, monkeypatch):
+    """A terminal is drawn every second, and a study may have hundreds of trials that have ended."""
+    monkeypatch.setenv("TERM", "xterm")
+    first, second = (toy_plan.specs[trial.trial_id] for trial in toy_plan.trials[:2])
+    execute(first, store.root, should_stop=lambda: False, trainer=toy_trainer())
+    watched, read = progress(store, toy_plan, Terminal()), []
+    monkeypatch.setattr("workbench.progress.last_speed", read.append)
+
+    def look(step):
+        if step == 4:
+            watched.update()
+
+    execute(second, store.root, should_stop=lambda: False, trainer=toy_trainer(before_step=look))
+    assert len(read) == 1
 
 
 def test_the_time_left_counts_all_that_is_to_come(fake_results):

@@ -53,6 +53,17 @@ def wait_for(condition, process=None):
     raise AssertionError(f"nothing happened in {PATIENCE} s")
 
 
+def test_a_stop_while_ray_starts_has_its_exit_code(toy_study, tmp_path):
+    """Batch systems send SIGTERM when they like, and look at the code: neither Ray's own nor an abort's."""
+    process = start(toy_study, tmp_path / "runs", "ray")
+    wait_for(lambda: list(tmp_path.glob("runs/studies/*/*/*/ray/ray.log")), process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143, err
+    assert "goes on from here" in err or "To go on" in err
+
+
 def test_a_stop_waits_for_this_drivers_trials_and_for_no_other(store, tmp_path):
     """Those that another study trains at the moment go on, and are no reason to use up the time of grace."""
     from workbench.ray_executor.tuner import StopWhenAsked

@@ -1,5 +1,6 @@
 """Running a study from plan to verdict, and again, and after every kind of interruption. Real training, tiny scale."""
 
+import errno
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 
 from workbench import runner
 from workbench.durable import EventReader
-from workbench.errors import WorkbenchError
+from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import run_inline
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
@@ -154,6 +155,23 @@ def test_trials_that_somebody_else_has_just_computed_are_no_reason_to_give_up(to
         code, _, err = run(toy_plan, store, trainer=toy_trainer())
     assert (code, given) == (0, [4, 3])
     assert "No trial could be started" not in err
+
+
+def test_an_executor_that_begins_nothing_is_told(toy_plan, store):
+    """No endless loop, and no talk of failed trials: none was tried."""
+    with mock.patch.object(runner, "run_inline"):
+        code, _, err = run(toy_plan, store)
+    assert code == 1
+    assert "No trial could be started" in err
+    assert "Trials are missing; they are run by the same command" in err
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_told_in_words(toy_plan, store, toy_trainer):
+    """The driver lets go of the study when all is done: that this cannot be put on record is no traceback either."""
+    run(toy_plan, store, trainer=toy_trainer())
+    full = OSError(errno.ENOSPC, "No space left on device", str(store.study_dir(toy_plan) / "attempts"))
+    with mock.patch("workbench.attempts.end", side_effect=full), pytest.raises(StoreError, match="make room"):
+        run(toy_plan, store, trainer=toy_trainer())
 
 
 TWO_LOOKS = """\

@@ -52,6 +52,8 @@ def run_on_ray(job: Job) -> None:
     with output_to(folder / "ray.log"):
         join(job.address, cores=job.resources.cores)
         try:
+            if job.stop.wanted():
+                return  # it came while Ray started
             room = Room(job.resources.demand, tell=job.tell)
             with watching(() if job.address is None else (room.check,), job.stop):
                 _work_off(job, folder)
