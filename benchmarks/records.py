@@ -4,8 +4,9 @@
 
 Writes a study of two variants with that many trials on record, all finished, as trials of the `coco12` kind leave them
 (12 epochs, `--lines` lines of progress, scores of `--classes` classes) but without checkpoints and predictions. Then
-each reader is timed in a process of its own, imports included: the least of some rounds. The first line is of the one
-time when nothing is kept in the index yet. MLflow and Ray are left out: with nothing to run, neither is started.
+each reader is timed in a process of its own, imports included: the least of some rounds. A page is timed up to what is
+sent to the browser. The first line is of the one time when nothing is kept in the index yet. MLflow and Ray are left
+out: with nothing to run, neither is started.
 """
 
 import argparse
@@ -54,6 +55,16 @@ from workbench.study_file import Selection, load_study
 plan = make_plan(load_study(Path({study!r}), Selection(profile="laptop", seeds={seeds})))
 store = Store(Path({runs!r}))
 """
+PAGE = """
+import sys
+from streamlit.testing.v1 import AppTest
+sys.argv = ["app.py", "--runs", {runs!r}]
+app = AppTest.from_file(APP, default_timeout=600)
+app.switch_page("views/VIEW.py")
+app.query_params["seeds"] = "true"
+app.run()
+assert not app.exception, app.exception
+""".replace("APP", repr(str(Path(__file__).parents[1] / "dashboard" / "app.py")))
 READERS = {
     "status": PLANNED
     + """
@@ -94,13 +105,7 @@ from pathlib import Path
 from dashboard import load
 load.entries(Path({runs!r}))
 """,
-    "the dashboard's curves": """
-from pathlib import Path
-from dashboard import load
-runs = Path({runs!r})
-(entry,) = load.entries(runs)
-load.history(runs, entry.results)
-""",
+    **{f"the dashboard's page {view}": PAGE.replace("VIEW", view) for view in ("studies", "compare", "runs")},
 }
 
 

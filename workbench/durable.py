@@ -26,6 +26,7 @@ from workbench.errors import StoreError
 FORMAT = 1
 DAMAGED = "damaged"
 
+_STEPS = b'"kind":"steps_taken"'
 _NO_SHA256 = b"0" * 64
 _SHA256 = re.compile(rb'\A\{\s*"format": \d+,\s*"sha256": "([0-9a-f]{64})"')
 
@@ -250,11 +251,12 @@ class EventReader:
     """Reads an events file that may still grow; each `poll` reads only what is new.
 
     `events` are those that count: when an attempt resumes from a checkpoint, what was recorded beyond its step is
-    dropped, because those steps happen again. `damaged` counts lines that could not be read.
+    dropped, because those steps happen again. `damaged` counts lines that could not be read. Without `steps`, lines of
+    `StepsTaken` are passed over unread.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, steps: bool = True) -> None:
+        self._path, self._steps = path, steps
         self._offset = 0
         self._inode = 0
         self._lock = threading.Lock()
@@ -278,7 +280,8 @@ class EventReader:
             self._offset, self._inode, self.events, self.damaged = 0, status.st_ino, [], 0
         chunk = os.pread(handle, status.st_size - self._offset, self._offset)
         whole = chunk[: chunk.rfind(b"\n") + 1]
-        fresh = [stamped for line in whole.splitlines() if (stamped := self._parse(line))]
+        lines = [line for line in whole.splitlines() if self._steps or _STEPS not in line]
+        fresh = [stamped for line in lines if (stamped := self._parse(line))]
         self._offset += len(whole)
         for stamped in fresh:
             if isinstance(stamped.event, TrainingStarted):

@@ -7,7 +7,6 @@ they are the same. All of it may be deleted whenever; it is then made again.
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def read(path: Path, current: Stamps) -> TrialRecord | None:
 
 def keep(path: Path, current: Stamps, record: TrialRecord) -> None:
     """Keep the record of a trial that has ended, where that is possible."""
-    plain: dict[str, Any] = {"stamps": _lasting(current), "record": asdict(record)}
+    plain: dict[str, Any] = {"stamps": _lasting(current), "record": _RECORD.dump_python(record)}
     with suppress(OSError):  # a folder that may only be read, or a full disk: the index just saves time
         durable.write_derived(path, plain)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Store:
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise StoreError(f"--runs {runs}: cannot be written; name another folder or change its permissions")
         self._readers: dict[str, durable.EventReader] = {}
+        self._plans: dict[Path, tuple[RegisteredPlan, Plan]] = {}
         self._settled: dict[str, tuple[settled.Stamps, TrialRecord]] = {}  # with the stamps of the files it is from
 
     # Paths
@@ -139,7 +141,10 @@ class Store:
         found = siblings.read(ref.path)
         if found is None:
             raise StoreError(f"{ref.path} holds no registered plan: run the study again to write it")
-        return self.results_for(plan_from_json(found.plain))
+        kept = self._plans.get(ref.path)
+        if kept is None or kept[0] is not found:  # a page asks every few seconds, and a plan of many trials is long
+            kept = self._plans[ref.path] = found, plan_from_json(found.plain)
+        return self.results_for(kept[1])
 
     def results_for(self, plan: Plan) -> StudyResults:
         """Return what is known of a plan's trials, also when the plan was never registered."""
@@ -206,7 +211,7 @@ class Store:
         path = self.index_dir / "trials" / f"{trial_id}.json"
         record = settled.read(path, stamps)
         if record is None:
-            record = trial_files.read(self.trial_dir(trial_id), self.events(trial_id))
+            record = trial_files.read(self.trial_dir(trial_id), partial(self.events, trial_id))
             changed = max((stamp[1] for stamp in stamps if stamp), default=0)
             if record.state == "running" or time.time_ns() - changed <= _SETTLED_NS:
                 return record
@@ -237,14 +242,16 @@ class Store:
         before = durable.read_json(earlier[-1]) if earlier else None
         return before, durable.read_json(folder / "error.json")
 
-    def reader(self, trial_id: str) -> durable.EventReader:
+    def reader(self, trial_id: str, *, steps: bool = True) -> durable.EventReader:
         """Return a new reader of a trial's events."""
-        return durable.EventReader(self.trial_dir(trial_id) / "events.jsonl")
+        return durable.EventReader(self.trial_dir(trial_id) / "events.jsonl", steps=steps)
 
-    def events(self, trial_id: str) -> list[durable.StampedEvent]:
-        """Return the events of a trial that count, oldest first."""
-        ended = trial_id in self._settled  # and is seldom asked for: its events are not kept in memory
-        reader = self.reader(trial_id) if ended else self._readers.setdefault(trial_id, self.reader(trial_id))
+    def events(self, trial_id: str, *, steps: bool = True) -> list[durable.StampedEvent]:
+        """Return the events of a trial that count, oldest first; without `steps` none of progress within epochs."""
+        if not steps or trial_id in self._settled:  # it has ended and is seldom asked for: nothing is kept in memory
+            reader = self.reader(trial_id, steps=steps)
+        else:
+            reader = self._readers.setdefault(trial_id, self.reader(trial_id))
         reader.poll()
         return reader.events
 

@@ -1,6 +1,6 @@
 """What a trial's folder says of it. The state is derived from the files; nothing that is damaged counts."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,14 @@ def state(folder: Path) -> TrialState:
     return _state(folder, attempts.read(folder), result(folder), error(folder))
 
 
-def read(folder: Path, events: Iterable[durable.StampedEvent]) -> TrialRecord:
-    """Return all that is known of a trial from its folder and its events, those that count, oldest first."""
+def read(folder: Path, events_of: Callable[..., list[durable.StampedEvent]]) -> TrialRecord:
+    """Return all that is known of a trial from its folder and its events.
+
+    `events_of` returns those that count, oldest first; with `steps=False` without the progress within epochs, which is
+    most of them and says nothing more of a trial that has ended.
+    """
     tried, ended, failed = attempts.read(folder), result(folder), error(folder)
-    events = list(events)
+    events = events_of(steps=ended is None)
     epochs = {
         item.event.epoch: _without_classes(item.event) for item in events if isinstance(item.event, EpochFinished)
     }
@@ -61,7 +65,7 @@ def read(folder: Path, events: Iterable[durable.StampedEvent]) -> TrialRecord:
         seconds=ended["seconds"] if ended else max((event.seconds for event in progress), default=0.0),
         # An attempt ends a moment after the result is there.
         total_seconds=max(sum(attempt.seconds for attempt in tried), ended["total_seconds"] if ended else 0.0),
-        step=max((item.event.step for item in events), default=0),
+        step=max([ended.get("step", 0) if ended else 0, *(item.event.step for item in events)]),
         total_steps=totals[-1] if totals else None,
         epochs=tuple(epochs[number] for number in sorted(epochs)),
         metrics=metrics(folder, ended.get("weights_hash")) if ended else {},

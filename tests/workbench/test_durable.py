@@ -218,6 +218,16 @@ def test_events_are_read_as_they_come(tmp_path):
     assert reader.damaged == 0
 
 
+def test_progress_may_be_passed_over(tmp_path):
+    """A reader of all but progress gets the rest as ever, resumes included."""
+    path = tmp_path / "events.jsonl"
+    write(path, started(0), steps(1), Diverged(step=3, reason="nan"))
+    write(path, started(2), steps(3), attempt=2)
+    reader = durable.EventReader(path, steps=False)
+    reader.poll()
+    assert [item.event for item in reader.events] == [started(0), started(2)]
+
+
 def test_a_line_cut_by_a_kill_does_not_swallow_the_next_attempt(tmp_path):
     """A new writer closes the broken line, which readers skip and count."""
     path = tmp_path / "events.jsonl"

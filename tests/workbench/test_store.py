@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench import attempts, durable
+from workbench import attempts, durable, trial_files
 from workbench.errors import BusyError, StoreError
 from workbench.plan import make_plan
 from workbench.store import Store
@@ -232,6 +232,19 @@ def test_one_driver_at_a_time(store, toy_plan):
         holder.wait()
         with store.lock(ref):
             pass
+
+
+@pytest.mark.parametrize("outcome", ["finished", "diverged"])
+def test_progress_says_nothing_more_of_a_trial_that_ended(store, toy_plan, toy_trainer, outcome):
+    """The record without the lines of progress, which are most of them, is the record with them."""
+    spec = next(iter(toy_plan.specs.values()))
+    trainer = toy_trainer(steps=5, outcome=outcome)  # the last step ends no epoch
+    assert execute(spec, store.root, should_stop=lambda: False, trainer=trainer) == outcome
+    everything = store.events(spec.trial_id)
+    assert len(store.events(spec.trial_id, steps=False)) < len(everything) - 3
+    record = store.record(spec.trial_id)
+    assert record == trial_files.read(store.trial_dir(spec.trial_id), lambda **_: everything)
+    assert record.step == 5
 
 
 def test_a_record_of_a_later_version_is_not_guessed_at(store, toy_plan, monkeypatch):
