@@ -152,6 +152,26 @@ def test_bad_input_of_fetch_is_one_line(lasting_origin, tmp_path):
 
 
 @pytest.mark.ci
+def test_a_file_that_s3_has_not_is_missing(lasting_origin, tmp_path, monkeypatch):
+    """Where artifacts lie in S3 the client asks it itself: a trial without a manifest stops no other."""
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    missing = RuntimeError("An error occurred (404) when calling the HeadObject operation: Not Found")
+    missing.response = {"Error": {"Code": "404"}, "ResponseMetadata": {"HTTPStatusCode": 404}}  # as botocore has it
+    download, asked = LocalArtifactRepository._download_file, []
+
+    def lack(self, name, path):
+        asked.append(name)
+        if name == "manifest.json" and asked.count(name) == 2:  # the first trial's, after the plan's
+            raise missing
+        return download(self, name, path)
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", lack)
+    code, _, told = fetched(lasting_origin, tmp_path / "copy")
+    assert (code, told.strip().partition(": ")[2]) == (0, "3 trials fetched, 1 not finished when they were copied")
+
+
+@pytest.mark.ci
 def test_a_file_that_grows_beyond_its_size_is_cut_off(lasting_origin, tmp_path):
     """A server need not send what it said it would: writing stops at the size of the manifest."""
     remote = Remote(default_uri(lasting_origin))
