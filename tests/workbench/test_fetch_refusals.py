@@ -20,12 +20,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def origin(store, toy_plan, toy_trainer, empty_database):
-    """Return a store with a study that has run, with a failure and a divergence in it, and its MLflow."""
-    return mirrored(store, toy_plan, toy_trainer, empty_database)
-
-
 @pytest.fixture(scope="module")
 def lasting_origin(tmp_path_factory, plan_in, toy_trainer, empty_database):
     """Return one for all tests that leave it as it is."""
@@ -127,11 +121,11 @@ def test_trials_that_a_server_has_spoilt_are_refused(server, tmp_path, spoils):
         (_rewritten("registered.json", '{"format": 1, "registered_at": "../.."}'), "ValueError"),
     ],
 )
-def test_a_plan_that_a_server_has_spoilt_is_refused(origin, tmp_path, spoil, words):
+def test_a_plan_that_a_server_has_spoilt_is_refused(server, tmp_path, spoil, words):
     """Without a plan that can be read no study appears."""
-    (path,) = [path for path in origin.mlflow_artifacts.rglob("manifest.json") if (path.parent / "plan.json").exists()]
+    (path,) = [path for path in server.mlflow_artifacts.rglob("manifest.json") if (path.parent / "plan.json").exists()]
     spoil(path)
-    code, copy, told = fetched(origin, tmp_path / "copy")
+    code, copy, told = fetched(server, tmp_path / "copy")
     assert code == 1
     assert words in told
     assert copy.studies() == ()
