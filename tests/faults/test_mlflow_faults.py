@@ -2,10 +2,9 @@
 
 import io
 import sqlite3
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,6 +24,7 @@ from workbench import mirror_content
 from workbench.fetch import fetch
 from workbench.mirror_content import Feed
 from workbench.mlflow_mirror import default_uri, mirror, sync
+from workbench.mlflow_mirror.api import Api, answered, connect
 from workbench.report import render
 from workbench.runner import Options, run_study
 from workbench.store import Store
@@ -72,10 +72,10 @@ def _run(plan: Plan, store: Store, trainer: ToyTrainer, uri: str) -> tuple[int, 
     return code, [line for line in err.getvalue().splitlines() if line.startswith("MLflow ") and "reached" in line]
 
 
-def _longest_step(plan: Plan, store: Store) -> float:
+def _longest_step(store: Store, trial_ids: Iterable[str]) -> float:
     """Return the longest time between two steps of a trial, in seconds."""
     longest = 0.0
-    for trial_id in plan.specs:
+    for trial_id in trial_ids:
         stamped = [item for item in store.events(trial_id) if isinstance(item.event, StepsTaken)]
         times = [datetime.fromisoformat(item.time).timestamp() for item in stamped]
         longest = max([longest, *(after - before for before, after in pairwise(times))])
@@ -115,23 +115,79 @@ def _table(store: Store, results: Any) -> str:
     return trials.to_csv()
 
 
-@contextmanager
-def _frequent_rounds() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mirror, "SEND_SECONDS", 0.3)
-        yield patch
+@dataclass(kw_only=True)
+class Outage:
+    """MLflow is away from a step of the second trial to the beginning of the last, and its rounds fail meanwhile.
+
+    Nothing is left to chance: the first trial is all there and the second has begun to arrive before, and points are
+    seen to have been tried in vain before it comes back. With the protection off a call that fails looks as if it had
+    been made.
+    """
+
+    arrived: Callable[[], set[str]]  # the trials of which MLflow has points
+    strike: Callable[[], object]
+    mend: Callable[[], object]
+    away: bool = False
+    in_vain: int = 0  # points
+
+    @contextmanager
+    def failing(self, *, protected: bool) -> Iterator[None]:
+        """Count the points that a call could not send; and send often."""
+        log = Api.log
+
+        def counted(api: Api, run: str, *, points: Any = (), **rest: Any) -> None:
+            away = self.away
+            try:
+                log(api, run, points=points, **rest)
+            except Exception as error:
+                if answered(error):
+                    raise
+                self.in_vain += away * len(points)
+                if protected or not points:
+                    raise
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mirror, "SEND_SECONDS", 0.3)
+            patch.setattr(Api, "log", counted)
+            yield
+
+    def before(self, trial: int, step: int) -> None:
+        """Do what is due before a step of a trial; the first of both is 1."""
+        if (trial, step) == (2, 8):
+            _wait_for(lambda: len(self.arrived()) == 2)
+            self.strike()
+            self.away = True
+        elif (trial, step) == (4, 1):
+            _wait_for(lambda: self.in_vain > 0)
+            self.mend()
+            self.away = False
 
 
-def _forget_what_could_not_be_sent(patch: pytest.MonkeyPatch) -> None:
-    """Switch the protection off: a round that fails takes its points with it."""
-    points = Feed.points
+@dataclass(kw_only=True)
+class OutageTrainer(ToyTrainer):
+    """Tells the outage of each step before it is taken; of the first before the training begins."""
 
-    def forgetful(self: Feed, marks: list[int]) -> Any:
-        found = points(self, marks)
-        self.sent()
-        return found
+    outage: Outage
+    trials: int = 0
 
-    patch.setattr(Feed, "points", forgetful)
+    def train(self, config: Any, *, on_event: Callable[[Any], None], **rest: Any) -> Any:
+        """Train."""
+        self.trials += 1
+        self.outage.before(self.trials, 1)
+
+        def tell(happened: Any) -> None:
+            on_event(happened)
+            if isinstance(happened, StepsTaken):
+                self.outage.before(self.trials, happened.step + 1)
+
+        return super().train(config, on_event=tell, **rest)
+
+
+def _wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _away_throughout(place: Path, *, protected: bool) -> Seen:
@@ -147,7 +203,7 @@ def _away_throughout(place: Path, *, protected: bool) -> Seen:
     seen = {
         "exit": code,
         "warnings": len(warnings),
-        "longest_step": _longest_step(plan, store),
+        "longest_step": _longest_step(store, plan.specs),
         "seconds": round(time.monotonic() - began, 1),
     }
     if not protected:
@@ -178,39 +234,33 @@ def _verify_away(seen: Seen) -> None:
     assert seen["fetched_equal"]
 
 
+def _copied_through(outage: Outage, plan: Plan, store: Store, uri: str, *, seconds: float, protected: bool) -> Seen:
+    """Run a study through an outage, then `sync`; `seconds` is how long a step takes."""
+    with outage.failing(protected=protected):
+        trainer = OutageTrainer(steps=24, every=8, seconds=seconds, outage=outage)
+        code, warnings = _run(plan, store, trainer, uri)
+        synced = sync(store, err=io.StringIO())
+    return {
+        "exit": code,
+        "warnings": len(warnings),
+        "tried_in_vain": outage.in_vain,
+        "longest_step": _longest_step(store, [plan.trials[2].trial_id]),  # trained while MLflow was away
+        "synced": synced,
+    }
+
+
 def _killed_and_restarted(place: Path, *, protected: bool) -> Seen:
-    """The server is killed once the first points are there, and started again while the study goes on."""
+    """The server is killed while a trial trains, and started again while the study goes on."""
     server = shared_server()
     server.start()
     name = "killed" if protected else "killedforgetful"
     plan, store = toy_plan(place, name=name), Store(place / "runs")
-    _open(server.uri, store)
-
-    def strike() -> None:
-        while not server.rows(POINTS.format(name)):
-            time.sleep(0.1)
-        server.kill()
-        time.sleep(1.0)
-        server.start()
-
-    striker = threading.Thread(target=strike)
-    with _frequent_rounds() as patch:
-        if not protected:
-            _forget_what_could_not_be_sent(patch)
-        striker.start()
-        code, warnings = _run(plan, store, ToyTrainer(steps=32, every=8, seconds=0.08), server.uri)
-        striker.join()
-        synced = sync(store, err=io.StringIO())
-    missing, surplus = _missing_and_surplus(plan, store, server.rows(POINTS.format(name)))
-    return {
-        "exit": code,
-        "warnings": len(warnings),
-        "longest_step": _longest_step(plan, store),
-        "synced": synced,
-        "runs": dict(Counter(status for _, status in server.rows(RUNS.format(name)))),
-        "missing": missing,
-        "surplus": surplus,
-    }
+    points = POINTS.format(name)
+    outage = Outage(arrived=lambda: {row[0] for row in server.rows(points)}, strike=server.kill, mend=server.start)
+    seen = _copied_through(outage, plan, store, server.uri, seconds=0.03, protected=protected)
+    missing, surplus = _missing_and_surplus(plan, store, server.rows(points))
+    runs = dict(Counter(status for _, status in server.rows(RUNS.format(name))))
+    return seen | {"runs": runs, "missing": missing, "surplus": surplus}
 
 
 def _verify_copy(seen: Seen) -> None:
@@ -218,43 +268,38 @@ def _verify_copy(seen: Seen) -> None:
     assert seen["warnings"] == 1
     assert seen["longest_step"] < 5.0  # a call to MLflow blocks for 20 s and more
     assert seen["synced"] == 0
+    assert seen["tried_in_vain"] > 0
     assert seen["runs"] == {"FINISHED": 5}
     assert (seen["missing"], seen["surplus"]) == (0, 0)
 
 
 def _locked_for(seconds: float, *, busy_timeout: int) -> Callable[..., Seen]:
-    """Somebody holds the embedded database; `busy_timeout` is MLflow's own in milliseconds, 20,000 as it is."""
+    """Somebody holds the embedded database; `busy_timeout` is MLflow's own in milliseconds, 20,000 as it is.
+
+    The control holds it only until a call has failed.
+    """
 
     def scenario(place: Path, *, protected: bool) -> Seen:
         plan, store = toy_plan(place), Store(place / "runs")
         _open(default_uri(store), store)
+        with closing(sqlite3.connect(store.mlflow_database, timeout=30, isolation_level=None)) as holder:
+            until = 0.0
 
-        def hold() -> None:
-            while not _rows(store, POINTS):
-                time.sleep(0.05)
-            with closing(sqlite3.connect(store.mlflow_database, timeout=30, isolation_level=None)) as holder:
+            def hold() -> None:
+                nonlocal until
                 holder.execute("BEGIN EXCLUSIVE")
-                time.sleep(seconds)
+                until = time.monotonic() + (seconds if protected else 0.0)
 
-        holding = threading.Thread(target=hold)
-        with _frequent_rounds() as patch, locks_waited_for(busy_timeout):
-            if not protected:
-                _forget_what_could_not_be_sent(patch)
-            holding.start()
-            trainer = ToyTrainer(steps=24, every=8, seconds=(seconds + 2) / (4 * 24))
-            code, warnings = _run(plan, store, trainer, default_uri(store))
-            holding.join()
-            synced = sync(store, err=io.StringIO())
+            def let_go() -> None:
+                _wait_for(lambda: time.monotonic() > until)
+                holder.execute("ROLLBACK")
+
+            outage = Outage(arrived=lambda: {row[0] for row in _rows(store, POINTS)}, strike=hold, mend=let_go)
+            with locks_waited_for(busy_timeout):
+                seen = _copied_through(outage, plan, store, default_uri(store), seconds=0.03, protected=protected)
         missing, surplus = _missing_and_surplus(plan, store, _rows(store, POINTS))
-        return {
-            "exit": code,
-            "warnings": len(warnings),
-            "longest_step": _longest_step(plan, store),
-            "synced": synced,
-            "runs": dict(Counter(status for _, status in _rows(store, RUNS))),
-            "missing": missing,
-            "surplus": surplus,
-        }
+        runs = dict(Counter(status for _, status in _rows(store, RUNS)))
+        return seen | {"runs": runs, "missing": missing, "surplus": surplus}
 
     return scenario
 
@@ -266,8 +311,6 @@ def _rows(store: Store, query: str, study: str = "toy") -> list[tuple[Any, ...]]
 
 def _open(uri: str, store: Store) -> None:
     """Load MLflow and make the embedded database: the study is not to be over before that is done."""
-    from workbench.mlflow_mirror.api import connect
-
     connect(uri, artifacts=store.mlflow_artifacts)
 
 

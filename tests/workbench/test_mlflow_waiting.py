@@ -10,7 +10,7 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
-from mirroring import api_of, run, runs_of, sender_of
+from mirroring import api_of, curve, run, runs_of, sender_of
 from mlflow_server import locks_waited_for
 
 from workbench.commands import mlflow_command
@@ -36,6 +36,33 @@ def test_a_locked_database_delays_the_copy_only(store, toy_plan, toy_trainer, cl
     assert "python -m workbench sync" in warnings[1]
     assert sync(store, err=io.StringIO()) == 0
     assert runs_of(client, "trial")[spec.trial_id].info.status == "FINISHED"
+
+
+@pytest.mark.ci
+def test_a_place_for_files_that_is_away_delays_the_files_only(store, toy_plan, toy_trainer, client, ref):
+    """Curves and statuses go on while an object store is down or its key has expired; the files come later."""
+    for spec in toy_plan.specs.values():
+        run(spec, store, toy_trainer())
+    sender, api = sender_of(store, ref, toy_plan), api_of(client, store)
+    asked = []
+
+    def lose(_run, path, *_):
+        asked.append(path)
+        raise ConnectionError("the key has expired")
+
+    keep, api.log_file = api.log_file, lose
+    with pytest.raises(ConnectionError, match="the key has expired"):
+        sender.send(api, last=False)
+    children = runs_of(client, "trial")
+    assert [len(curve(client, item, "final_averaged/ap")) for item in children.values()] == [1] * 4
+    assert {item.info.status for item in children.values()} == {"FINISHED"}
+    assert len(asked) == 2  # once for the trials, once for the plan
+    assert not sender.up_to_date()
+    api.log_file = keep
+    sender.send(api, last=True)
+    assert sender.up_to_date()
+    names = {item.path for item in client.list_artifacts(children.popitem()[1].info.run_id)}
+    assert {"manifest.json", "events.jsonl"} <= names
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from workbench import record_files, tracking
 from workbench.errors import WorkbenchError
@@ -146,8 +146,7 @@ class Remote:
             except Exception as error:
                 if isinstance(error, OSError) and error.errno == errno.EFBIG:
                     raise ValueError(f"{name} is larger than it may be") from error
-                answer = getattr(getattr(error, "response", None), "status_code", None)
-                if answer == 404 or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                if _says_missing(error):
                     raise MissingFile(name) from error
                 raise
 
@@ -161,6 +160,15 @@ class Remote:
             what = "refuses" if answered(error) else "cannot be read"
             reason = tracking.reason(error)
             raise WorkbenchError(f"--tracking-uri {self.tracking_uri}: MLflow {what} ({reason})") from error
+
+
+def _says_missing(error: Exception) -> bool:
+    """Tell whether an error of a store of files, MLflow's own or S3, says that there is no such file."""
+    answer = getattr(error, "response", None)  # a dict in S3's
+    status = getattr(answer, "status_code", None)
+    if isinstance(answer, dict):
+        status = cast("dict[str, Any]", answer).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status == 404 or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
 
 
 def _num_finished(runs: "list[Run]") -> int:

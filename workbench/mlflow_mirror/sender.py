@@ -43,6 +43,7 @@ class Sender:
         self._feeds: dict[str, Feed] = {}
         self._running: dict[str, int] = {}  # key -> the attempt that MLflow knows to be running
         self._listed: dict[str, list[Run]] | None = None  # the runs that MLflow had, by trial id; None: not asked
+        self._without_files: Exception | None = None  # why none can be kept in this round
         self._began: dict[str, str] = {}  # run -> when its trial began, as far as known
 
     def up_to_date(self) -> bool:
@@ -56,9 +57,11 @@ class Sender:
     def send(self, api: Api, *, last: bool, everything: bool = False) -> None:
         """Send what MLflow has not got; `last` says that the driver does no more.
 
-        What MLflow refuses of one trial does not keep it from having the others; the first refusal is raised last.
+        What MLflow refuses of one trial does not keep it from having the others, and while there is no place for files
+        it has all else. What went wrong first is raised last.
         """
         results = self._results()
+        self._without_files = None
         refused: Exception | None = None
         try:
             parent = self._parent_run(api)
@@ -75,8 +78,8 @@ class Sender:
             self._send_parent(api, parent, results, last=last, everything=everything)
         finally:
             self._state.save(now=True)
-        if refused is not None:
-            raise refused
+        if problem := refused or self._without_files:
+            raise problem
 
     def _key(self, trial: PlannedTrial) -> str:
         return self._keys[trial.variant, trial.seed]
@@ -108,11 +111,11 @@ class Sender:
             self._log_trial(api, parent, trial, record)
         if record.state in _OVER:
             run = self._state.runs[key]
-            self._keep_files(api, run, trial.trial_id)
             api.set_over(run, STATUS[record.state], end_time=ended_at(record) or self._last_time(trial))
-            self._state.reached[key] = reached(record)
             self._running.pop(key, None)
-            del self._feeds[key]
+            if self._keep_files(api, run, trial.trial_id):
+                self._state.reached[key] = reached(record)
+                del self._feeds[key]
 
     def _log_trial(self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
         """Send the points that are new, and what is to be told of the trial where its state is."""
@@ -140,15 +143,26 @@ class Sender:
             self._state.reached.pop(key, None)
             self._running[key] = record.attempts
 
-    def _keep_files(self, api: Api, run: str, trial_id: str) -> None:
-        """Keep the files of the record, and last the manifest, by which a copy is known to be whole."""
+    def _keep_files(self, api: Api, run: str, trial_id: str) -> bool:
+        """Keep the files of the record, and last the manifest, by which a copy is known to be whole; return success.
+
+        They may lie in a store of their own, which may be away alone: it is asked once a round.
+        """
         folder = self._store.trial_dir(trial_id)
         manifest = record_files.manifest("trial", folder)
-        for name in manifest["files"]:
-            within = name.rpartition("/")[0]
-            with suppress(FileNotFoundError):  # renamed by an attempt that has just begun, which is sent later
-                api.log_file(run, folder / name, within or None)
-        api.log_dict(run, manifest, record_files.MANIFEST)
+        if self._without_files is not None:
+            return False
+        try:
+            for name in manifest["files"]:
+                within = name.rpartition("/")[0]
+                with suppress(FileNotFoundError):  # renamed by an attempt that has just begun, which is sent later
+                    api.log_file(run, folder / name, within or None)
+            api.log_dict(run, manifest, record_files.MANIFEST)
+        except Exception as error:
+            if answered(error):
+                raise
+            self._without_files = error
+        return self._without_files is None
 
     def _params(self, trial: PlannedTrial) -> dict[str, Any]:
         spec = self._plan.specs[trial.trial_id]
