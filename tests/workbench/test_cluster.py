@@ -84,6 +84,16 @@ def test_every_node_with_other_code_or_a_problem_is_named():
     assert lines[3] == "These nodes could not run a trial, so none was started."
 
 
+def test_two_nodes_of_one_host_are_two_nodes():
+    """What tells nodes apart is not their host's name."""
+    nodes = {name: Machine(name=f"host (10.0.0.1, node {name})", cores=1, gpus=0) for name in ("a1", "b2")}
+    found = answer(problems=["lacks a disk: buy one"])
+    with pytest.raises(WorkbenchError, match="These nodes could not run a trial"):
+        cluster._refuse(nodes, {"a1": found, "b2": found})
+    with pytest.raises(WorkbenchError, match="This node could not run a trial"):
+        cluster._refuse(nodes, {"a1": found, "b2": answer()})
+
+
 def test_other_versions_and_clocks_are_warnings():
     """Each with the node, what it has and what is here; a clock only beyond what is known of it."""
     versions = answer()["versions"] | {"torch": "1.0"}
@@ -95,10 +105,19 @@ def test_other_versions_and_clocks_are_warnings():
 
 
 def test_only_nodes_that_may_get_trials_are_asked():
-    """A head without cores, and a node without GPUs where trials need one, get none."""
+    """A head without cores, and a node without GPUs where trials need one, get none.
+
+    Of a trial over several nodes the supervisor may come to any node with a core.
+    """
     on_gpu = Demand(device="cuda", threads=4, gpus=1.0)
     assert [cluster._may_get_trials(machine, on_gpu) for machine in NODES.values()] == [True, False]
-    assert not cluster._may_get_trials(Machine(name="head", cores=0, gpus=0), Demand(device="cpu", threads=1))
+    on_three = Demand(device="cuda", threads=1, processes=3, gpus=1.0)
+    assert not any(cluster._may_get_trials(machine, on_three) for machine in NODES.values())
+    over_two = Demand(device="cuda", threads=8, nodes=2, gpus=1.0)
+    assert all(cluster._may_get_trials(machine, over_two) for machine in NODES.values())
+    head = Machine(name="head", cores=0, gpus=0)
+    assert not cluster._may_get_trials(head, Demand(device="cpu", threads=1))
+    assert not cluster._may_get_trials(head, over_two)
 
 
 def test_this_machine_can_run_trials(tmp_path):

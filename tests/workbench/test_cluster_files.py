@@ -20,6 +20,7 @@ import yaml
 from workbench import attempts
 from workbench.cli import build_parser
 from workbench.durable import EventReader
+from workbench.ray_executor import tuner
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = [*sorted((ROOT / "cluster").iterdir()), ROOT / "docs" / "cluster.md"]
@@ -81,6 +82,7 @@ def test_the_ray_job_is_complete():
         names = {item["name"]: item for item in container["env"]}
         assert names["RAY_AUTH_MODE"]["value"] == "token"
         assert "secretKeyRef" in names["RAY_AUTH_TOKEN"]["valueFrom"]
+        assert int(names["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) > tuner.GRACE_SECONDS
     mounts = [
         {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} for container in containers[:2]
     ]

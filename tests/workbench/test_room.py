@@ -1,8 +1,14 @@
-"""A cluster that has lost the nodes that trials fit on: the user is told, and one day the study stops."""
+"""A cluster that has lost the nodes that trials fit on, and a disk that is full: the user is told where."""
+
+import errno
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from workbench.errors import WorkbenchError
 from workbench.placement import Demand, Machine
+from workbench.ray_executor import tuner
 from workbench.ray_executor.room import PATIENCE_SECONDS, TOLD_AFTER_SECONDS, TOLD_AGAIN_SECONDS, Room
 
 LARGE, SMALL = Machine(name="large", cores=8, gpus=0), Machine(name="small", cores=2, gpus=0)
@@ -76,3 +82,14 @@ def test_a_study_does_not_wait_for_ever(watched):
     reason = watched.after(1)
     assert reason.startswith("Stopped: no trial fits on what is left of the cluster (it asks for 4 cores")
     assert reason.endswith("for 1 h 00 min now")
+
+
+@pytest.mark.parametrize(("free", "told"), [(4096, WorkbenchError), (10**10, OSError)])
+def test_a_full_disk_of_rays_session_is_not_taken_for_that_of_the_records(tmp_path, monkeypatch, free, told):
+    """What the system refuses without naming a file is told of the disk that is full."""
+    node = SimpleNamespace(get_session_dir_path=lambda: str(tmp_path))
+    monkeypatch.setattr(tuner.worker, "_global_node", node)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(told) as caught, tuner._full_disk_in_words():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value).startswith(f"{tmp_path}: no space left on the disk where Ray") == (told is WorkbenchError)

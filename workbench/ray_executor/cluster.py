@@ -26,7 +26,7 @@ from core.config import pretrained_backbone
 from workbench import durable, provenance
 from workbench.errors import WorkbenchError
 from workbench.execution import Resources, StopNow
-from workbench.placement import Demand, Machine, demand_of, places
+from workbench.placement import Demand, Machine, at_once, demand_of, places
 from workbench.plan import weights_file
 from workbench.ray_executor import probe
 from workbench.ray_executor.output import output_to
@@ -176,7 +176,9 @@ def resources_of_cluster(
 
 def _may_get_trials(machine: Machine, demand: Demand) -> bool:
     """Whether Ray could place a process of a trial there; a head node without cores gets none."""
-    return machine.cores >= demand.threads and machine.gpus >= demand.gpus
+    if demand.nodes > 1:  # its supervisor finds room on any core
+        return machine.cores > 0
+    return at_once(demand, [machine]) > 0
 
 
 def _ask(nodes: dict[str, Machine], specs: Sequence[TrialSpec], runs: Path) -> dict[str, dict[str, Any]]:
@@ -267,6 +269,7 @@ def _weight_files(specs: Sequence[TrialSpec]) -> list[Path]:
 def _refuse(nodes: dict[str, Machine], answers: dict[str, dict[str, Any]]) -> None:
     code, version = provenance.code_hash(), numerics.VERSION
     lines: list[str] = []
+    unfit = 0
     for node_id, answer in answers.items():
         problems = list(answer["problems"])
         if answer.get("code_hash", code) != code or answer.get("numerics", version) != version:
@@ -275,9 +278,10 @@ def _refuse(nodes: dict[str, Machine], answers: dict[str, dict[str, Any]]) -> No
                 "install this version there, or run from there"
             )
         lines += [f"{nodes[node_id].name} {problem}" for problem in problems]
+        unfit += bool(problems)
     if lines:
-        many = "These nodes" if len({line.split(" ")[0] for line in lines}) > 1 else "This node"
-        raise WorkbenchError("\n".join([*lines, f"{many} could not run a trial, so none was started."]))
+        which = "This node" if unfit == 1 else "These nodes"
+        raise WorkbenchError("\n".join([*lines, f"{which} could not run a trial, so none was started."]))
 
 
 def _differences(nodes: dict[str, Machine], answers: dict[str, dict[str, Any]]) -> Iterator[str]:

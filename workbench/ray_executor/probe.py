@@ -4,8 +4,6 @@ Nothing of this project is imported here before the answer can say that it canno
 """
 
 import os
-import platform
-import socket
 import sys
 import time
 import traceback
@@ -26,8 +24,6 @@ def probe(questions: Mapping[str, Any]) -> dict[str, Any]:
         What was found, plain values; `problems`: one line each, with the remedy, of what no trial could do without.
     """
     found: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
         "versions": {name: version(name) for name in questions["libraries"]},
         "problems": [],
     }

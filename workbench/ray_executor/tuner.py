@@ -8,13 +8,18 @@ trial, each in a process of its own. When an actor dies, as with its machine, Ra
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray._private import worker
 
+from workbench import disk
 from workbench.budget import watching
+from workbench.errors import WorkbenchError
 from workbench.execution import Job
 from workbench.ray_executor import several
 from workbench.ray_executor.cluster import join
@@ -28,6 +33,8 @@ from workbench.study import TrialSpec
 
 GRACE_SECONDS = 60.0
 """How long trials may take to finish a step and write a checkpoint once a stop is asked for."""
+
+_NO_ROOM_BYTES = 1_000_000
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -55,10 +62,30 @@ def run_on_ray(job: Job) -> None:
             if job.stop.wanted():
                 return  # it came while Ray started
             room = Room(job.resources.demand, tell=job.tell)
-            with watching(() if job.address is None else (room.check,), job.stop):
+            with watching(() if job.address is None else (room.check,), job.stop), _full_disk_in_words():
                 _work_off(job, folder)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _full_disk_in_words() -> Iterator[None]:
+    """Say within the block that the disk is full on which Ray keeps its session, which need not be that of the records.
+
+    Raises:
+        WorkbenchError: instead of an error that names no file.
+    """
+    node: Any = worker._global_node  # this process's, since it has joined
+    session = Path(node.get_session_dir_path())
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in disk.FULL or shutil.disk_usage(session).free > _NO_ROOM_BYTES:
+            raise
+        raise WorkbenchError(
+            f"{session}: no space left on the disk where Ray keeps its session. What is on record is whole; make room, "
+            "or set RAY_TMPDIR to a folder with a short name on another disk, then give the same command again"
+        ) from error
 
 
 def _work_off(job: Job, folder: Path) -> None:
