@@ -103,12 +103,14 @@ class SearchRun(Run):
 
     def _hopeless(self) -> bool:
         """Tell whether no configuration could be begun, and say so: the next ones would fail as well."""
-        if self.stop.requested() or self.stop.paused() or any(item.epochs or item.over for item in self.found.tried()):
+        begun = any(self.store.record(item.trial_id).step for item in self.found.configurations)
+        if begun or self.stop.requested() or self.stop.paused():
             return False
         self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")
         return True
 
     def _all(self) -> tuple[PlannedTrial, ...]:
+        """Return every configuration suggested so far; the plan grows with them."""
         self.plan = self.found.plan()
         return self.plan.trials
 
