@@ -114,6 +114,7 @@ def test_a_dear_study_says_that_its_baseline_is_not_watched(dear, asked, store, 
         "The baseline's first epoch is not watched: no band of it is stored (docs/budget.md)"
     ]
 
+
 def test_a_gate_matches_a_search_on_the_same_pictures(asked, store, few_steps):
     """A search reads no val pictures, which the gate does: the same folder is the same folder; another one is not."""
     recorded(asked, store)
