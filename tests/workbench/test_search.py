@@ -331,3 +331,14 @@ def test_a_search_that_is_stopped_in_a_pause_starts_nothing_more(plan, tmp_path,
     assert run_study(plan(), Store(tmp_path / "runs"), options, out=io.StringIO(), err=err) == 143
     assert "Paused, with no trial at work" in err.getvalue()
     assert begun == [2]
+
+
+def test_a_search_whose_first_configuration_takes_no_step_begins_no_other(plan, run, tmp_path):
+    """What fails before the first step, as an import does, would fail in every configuration."""
+    searched = plan()
+    code, said, steps = run(searched, RatedTrainer(poisons=(Poison(kind="import", step=1),)))
+    assert (code, steps) == (1, 0)
+    assert "No configuration could take a step, so no other one is begun" in said
+    states = [row["state"] for row in found(tmp_path, searched)["configurations"]]
+    assert states == ["failed", "pending"]
+    assert run(searched)[::2] == (0, 2 * 4 * 16)
