@@ -149,7 +149,7 @@ def losses(spec: TrialSpec, *, seed: int, device: str, cache: Path, epoch: bool 
 
 
 def first_epoch_watch(store: Store, plan: Plan) -> Callable[[], str | None] | None:
-    """Return a check of the baseline's trials: why the study is to pause, when the first epoch of one left the band.
+    """Return a check of the baseline's trials: what was found where the first epoch of one left the band.
 
     None where no band of the baseline's first epoch is known.
     """
@@ -166,9 +166,8 @@ def first_epoch_watch(store: Store, plan: Plan) -> Callable[[], str | None] | No
             loss = first.losses["total"] if first is not None else math.nan if record.state == "diverged" else None
             if loss is not None and not low <= loss <= high:
                 return (
-                    f"Paused: the first epoch of the baseline {trial.variant}, seed {trial.seed}, has a mean loss of "
-                    f"{loss:.4g}, outside the band {low:.4g} to {high:.4g} ({band.source}). Find out why, or go on "
-                    "knowingly with --without-gate"
+                    f"the first epoch of the baseline {trial.variant}, seed {trial.seed}, has a mean loss of "
+                    f"{loss:.4g}, outside the band {low:.4g} to {high:.4g} ({band.source})"
                 )
         return None
 

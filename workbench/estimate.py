@@ -204,13 +204,14 @@ def errors(results: StudyResults) -> list[str]:
     for call in calls(folder):
         with suppress(*durable.UNUSABLE, ZeroDivisionError):
             if call["took_seconds"] is not None:
-                lines[int(call["look"])] = _line(call)
+                what = f"look {call['look']}" if results.plan.study.search is None else "the search"
+                lines[int(call["look"])] = f"{what}: {_line(call)}"
     return [line for _, line in sorted(lines.items())]
 
 
 def _line(call: dict[str, Any]) -> str:
     return (
-        f"look {call['look']}: estimated {duration(call['seconds'])} for {call['to_run']} trials from "
+        f"estimated {duration(call['seconds'])} for {call['to_run']} trials from "
         f"{' and '.join(call['sources'])}, took {duration(call['took_seconds'])}: "
         f"{_error(call['seconds'], call['took_seconds'])}"
     )

@@ -130,6 +130,7 @@ def as_text(described: dict[str, Any]) -> str:
             f"search ({search['method']}, {search['scheduler']}): {search['configurations']} configurations for each "
             f"variant by {search['metric']}; over: {over}"
             + ("; the search is complete" if search["complete"] else _look_cost(costs[0]))
+            + (" if none were ended early" if search["scheduler"] == "asha" and costs[0]["seconds"] else "")
         )
     lines += [*_costs(described["cost"]), "", *_variants(described), ""]
     for number, look in enumerate(described["looks"], start=1):

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from core import numerics
+from core.data.fingerprint import DataProblem, fingerprint
 from core.recipes import DEFAULT
 from workbench import bands, durable, provenance
 from workbench.budget import Budget
@@ -211,8 +212,19 @@ def _identity(spec: TrialSpec) -> dict[str, Any]:
     return {
         "code_hash": provenance.code_hash(),
         "numerics": numerics.VERSION,
-        "data_fingerprint": spec.data_fingerprint,
+        "data_fingerprint": _pictures(spec),
     }
+
+
+def _pictures(spec: TrialSpec) -> str:
+    """Return the fingerprint of a trial's pictures, those of val included also where it is not scored on them."""
+    data = spec.config.data
+    if data.split == "val":
+        return spec.data_fingerprint
+    try:
+        return fingerprint(data.model_copy(update={"split": "val"}), root=Path(spec.data_root or "."))
+    except DataProblem:
+        return ""  # no gate was passed on a folder without them
 
 
 def _file(store: Store, profile: str) -> Path:
@@ -259,7 +271,7 @@ def _mismatch(kept: dict[str, Any], profile: str, specs: Mapping[str, TrialSpec]
     identity = kept["identity"]
     if identity["code_hash"] != provenance.code_hash() or identity["numerics"] != numerics.VERSION:
         return f"the gate of profile {profile} was passed by other detector code ({identity['code_hash']})"
-    if {spec.data_fingerprint for spec in specs.values()} != {identity["data_fingerprint"]}:
+    if {_pictures(spec) for spec in specs.values()} != {identity["data_fingerprint"]}:
         return f"the gate of profile {profile} was passed on other pictures"
     return None
 
@@ -302,12 +314,13 @@ def require(budget: Budget, options: Options, *, say: Callable[[str], None]) -> 
 
 def watch(budget: Budget, *, without_gate: bool, say: Callable[[str], None]) -> Callable[[], str | None]:
     """Return the check of the baseline's first epoch; with `without_gate` one that never gives a reason to stop."""
-    check = bands.first_epoch_watch(budget.store, budget.plan)
-    if check is None or without_gate:
-        if check is not None and (reason := check()) is not None:
-            _go_around(budget, reason.removeprefix("Paused: ").partition(". Find out")[0], say)
-        return lambda: None
-    return check
+    check = bands.first_epoch_watch(budget.store, budget.plan) or (lambda: None)
+    if not without_gate:
+        remedy = "Find out why, or go on knowingly with --without-gate"
+        return lambda: (found := check()) and f"Paused: {found}. {remedy}"
+    if (found := check()) is not None:
+        _go_around(budget, found, say)
+    return lambda: None
 
 
 def _expected_hours(budget: Budget, *, until_decided: bool) -> float | None:

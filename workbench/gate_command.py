@@ -17,14 +17,7 @@ def doctor(options: Namespace, *, write: Callable[[dict[str, Any], str], None], 
     Raises:
         WorkbenchError: an option, the checkpoint or the pictures cannot be used.
     """
-    asked = Asked(
-        profile=options.profile,
-        checkpoint=options.checkpoint,
-        data=options.data,
-        recipe=options.recipe,
-        study=options.study,
-        device=options.device,
-    )
+    asked = Asked(**{name: getattr(options, name) for name in Asked.__dataclass_fields__})
     store = Store(options.runs)
     if options.record_band is None:
         result = gate(asked, store, tell=tell)

@@ -24,6 +24,7 @@ from workbench import durable, provenance, template
 from workbench.costs import Cost, Machine, probe_file, recorded
 from workbench.errors import WorkbenchError
 from workbench.records import StudyResults
+from workbench.search import own_variants
 from workbench.store import Store
 from workbench.study import Plan, TrialSpec
 from workbench.user_code import refuse_code
@@ -75,7 +76,7 @@ def probe(
         raise WorkbenchError("--probe: there is no GPU here: run it on a machine that has one of the cluster's kind")
     specs = {
         variant.name: next(plan.specs[trial.trial_id] for trial in plan.trials if trial.variant == variant.name)
-        for variant in plan.study.variants
+        for variant in own_variants(plan)
     }
     threads = max(spec.config.training.threads for spec in specs.values())
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

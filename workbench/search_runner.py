@@ -68,6 +68,8 @@ class SearchRun(Run):
                 self._complete(1, (trial,))
                 self.found.save()
                 self._say_tried(trial.trial_id)
+                if self._hopeless():
+                    return
 
     def _side_by_side(self) -> None:
         """Let the executor ask for configurations until there are no more."""
@@ -97,13 +99,16 @@ class SearchRun(Run):
         return left or (self._candidates(self._all()) if self.found.next() else ())
 
     def _hopeless(self) -> bool:
-        """Tell whether no configuration could be begun, and say so: the next ones would fail as well."""
-        if self.stop.requested() or self.stop.paused() or any(item.epochs or item.over for item in self.found.tried()):
+        """Tell whether no configuration could take a step, and say so: the next ones would fail as well."""
+        begun = any(self.store.record(item.trial_id).step for item in self.found.configurations)
+        if begun or self.stop.requested() or self.stop.paused():
             return False
-        self.say(f"No configuration could be begun; what was printed: {self.ref.path / 'ray'}")
+        printed = f"; what was printed: {self.ref.path / 'ray'}" if self.searching else ""
+        self.say(f"No configuration could take a step, so no other one is begun{printed}")
         return True
 
     def _all(self) -> tuple[PlannedTrial, ...]:
+        """Return every configuration suggested so far; the plan grows with them."""
         self.plan = self.found.plan()
         return self.plan.trials
 

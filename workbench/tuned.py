@@ -21,6 +21,7 @@ from workbench.overrides import Layer, read_layer
 from workbench.problems import Problems, did_you_mean
 from workbench.records import StudyResults
 from workbench.search import Outcome, outcomes, own_variants
+from workbench.search_file import SPLIT
 from workbench.study import SEARCH_SEED, Tuned
 from workbench.study_schema import FilePart, Name, Overrides, read_part
 from workbench.yaml12 import Document, Path_
@@ -147,7 +148,7 @@ def render(results: StudyResults, *, out: Path | None, command: str) -> str:
         if outcome.best is None:
             raise WorkbenchError(f"{study.name} ({study.profile}): no configuration of {name} was scored")
     own = {variant.name: variant for variant in own_variants(results.plan)}
-    lines = [_HEADER.format(split="tune", name=out.name if out else "FILE", command=command).rstrip()]
+    lines = [_HEADER.format(split=SPLIT, name=out.name if out else "FILE", command=command).rstrip()]
     head = {
         "format": 1,
         "search": study.name,

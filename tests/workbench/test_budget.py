@@ -143,6 +143,17 @@ def test_trials_start_while_they_are_expected_to_end_before_the_cap(toy_plan, st
     assert limited(None).affordable(trials) == trials
 
 
+def test_what_those_at_work_still_need_is_set_aside(toy_plan, store, limited, stop):
+    """Of 25 GPU-hours two trials of 10 leave nothing for a third, which waits: a stop would end the two as well."""
+    first, second, third, _ = toy_plan.trials
+    assert limited(25.0).affordable((second, third), at_work=(first,)) == (second,)  # of unknown cost, two at once
+    costing(store, toy_plan, 10.0)
+    assert limited(25.0).affordable((second, third), at_work=(first,)) == (second,)
+    assert limited(25.0).affordable((third,), at_work=(first, second)) == ()
+    assert stop.reason is None
+    assert limited(25.0).affordable((third,)) == (third,)
+
+
 def test_trials_of_unknown_cost_start_a_few_at_a_time(toy_plan, store, limited, stop):
     """As many as run at once, so that they say what the rest will cost; none once the cap is passed."""
     assert limited(5.0).affordable(toy_plan.trials) == toy_plan.trials[:2]

@@ -123,3 +123,18 @@ def test_a_dear_study_says_that_its_baseline_is_not_watched(dear, asked, store, 
     assert required(dear(101)) == [
         "The baseline's first epoch is not watched: no band of it is stored (docs/budget.md)"
     ]
+
+
+def test_a_gate_matches_a_search_on_the_same_pictures(asked, store, few_steps):
+    """A search reads no val pictures, which the gate does: the same folder is the same folder; another one is not."""
+    recorded(asked, store)
+    passed(asked, store)
+    text = asked.study.read_text().partition("claims:")[0] + "scope: seeds\n"
+    search = "search: {space: {training.lr: {values: [0.001, 0.002]}}, configurations: 2}\n"
+    asked.study.write_text(text + search)
+    plan = make_plan(load_study(asked.study, Selection(profile="tiny", data=asked.data)))
+    assert {spec.config.data.split for spec in plan.specs.values()} == {"tune"}
+    assert gate.missing("tiny", plan.specs, store) is None
+    for path in asked.data.rglob("instances_val*"):
+        path.write_text(path.read_text() + " ")
+    assert gate.missing("tiny", plan.specs, store) == "the gate of profile tiny was passed on other pictures"

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from threading import Timer
 
 import pytest
 from rated import BEST, SEARCH, SETS, RatedTrainer
@@ -13,6 +14,7 @@ from dashboard import load
 from workbench import attempts, durable, forecast, report, status, suggestions
 from workbench.commands import next_run
 from workbench.errors import StoreError, WorkbenchError
+from workbench.execution import ask
 from workbench.plan import make_plan
 from workbench.runner import Options, run_study
 from workbench.search import at_border, outcomes
@@ -313,3 +315,31 @@ def test_optuna_learns_from_scores():
     chance = replace(search, method="random")
     far = [abs(suggestions.suggest(chance, number, 0, known)["training.lr"] - 0.2) for number in range(20, 40)]
     assert sum(near) < sum(far) / 2
+
+
+def test_a_search_that_is_stopped_in_a_pause_starts_nothing_more(plan, tmp_path, monkeypatch):
+    """`stop` ends the wait at once: Ray would take ten seconds to start, and as many to find nothing to do."""
+    begun = []
+
+    def paused_at_once(job):
+        begun.append(len(job.specs))
+        ask(job.stop.path, "pause")
+        Timer(0.2, ask, (job.stop.path, "stop")).start()
+
+    monkeypatch.setattr("workbench.ray_executor.run_on_ray", paused_at_once)
+    err = io.StringIO()
+    options = Options(trainer=RatedTrainer(), tracking_uri="http://127.0.0.1:9")
+    assert run_study(plan(), Store(tmp_path / "runs"), options, out=io.StringIO(), err=err) == 143
+    assert "Paused, with no trial at work" in err.getvalue()
+    assert begun == [2]
+
+
+def test_a_search_whose_first_configuration_takes_no_step_begins_no_other(plan, run, tmp_path):
+    """What fails before the first step, as an import does, would fail in every configuration."""
+    searched = plan()
+    code, said, steps = run(searched, RatedTrainer(poisons=(Poison(kind="import", step=1),)))
+    assert (code, steps) == (1, 0)
+    assert "No configuration could take a step, so no other one is begun" in said
+    states = [row["state"] for row in found(tmp_path, searched)["configurations"]]
+    assert states == ["failed", "pending"]
+    assert run(searched)[::2] == (0, 2 * 4 * 16)

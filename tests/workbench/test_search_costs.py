@@ -86,8 +86,9 @@ def test_a_complete_search_needs_no_gate(plan, store, monkeypatch):
 def test_a_search_says_once_what_it_will_cost_and_the_report_how_good_that_was(plan, store):
     """Not again with every configuration that is tried."""
     costing(store, plan, 1.0)
-    code, _, err = run(plan, store, RatedTrainer())
+    code, out, err = run(plan, store, RatedTrainer())
     assert code == 0
+    assert "Estimate of the search: estimated 18 s for 8 trials" in " ".join(out.split())
     assert err.count("Expected: ") == 1
     assert "for 8 trials, from a probe" in err
     (call,) = estimate.calls(store.study_dir(plan))

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.ci
 ROOT = Path(__file__).parents[2]
 PATIENCE = 110  # seconds, on a busy machine
 DRIVER = """\
+import os
 import sys
 from pathlib import Path
 from rated import SETS, RatedTrainer
@@ -31,26 +32,30 @@ from workbench.plan import make_plan
 from workbench.runner import Options, run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
+from toys import Poison
 study, runs, *cap = sys.argv[1:]
 if cap:  # each trial is said to hold so many GPUs that a second is a GPU-hour
     budget.gpus_of = lambda _: 3600.0
     budget.WATCH_SECONDS = 0.2
     runner.machine_of = lambda *_, **__: Machine(device="cpu", at_once=2, gpus=3600.0)
 plan = make_plan(load_study(Path(study), Selection(profile="smoke", sets=SETS)))
-cap = float(cap[0]) if cap else None
+poisons = (Poison(kind="oom", step=2, marker=Path(os.environ["STRUCK"])),) if "STRUCK" in os.environ else ()
 options = Options(
-    trainer=RatedTrainer(seconds=0.12), tracking_uri="http://127.0.0.1:9", gpu_hours=cap, without_gate=True
+    trainer=RatedTrainer(seconds=0.12, poisons=poisons),
+    tracking_uri="http://127.0.0.1:9",
+    gpu_hours=float(cap[0]) if cap else None,
+    without_gate=True,
 )
 sys.exit(run_study(plan, Store(Path(runs)), options, out=sys.stdout, err=sys.stderr))
 """
 
 
-def _start(study, runs, *cap):
+def _start(study, runs, *cap, stderr=subprocess.PIPE):
     path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "faults"), str(ROOT)]
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(study), str(runs), *map(str, cap)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
     )
@@ -123,28 +128,42 @@ def test_a_paused_search_waits_and_goes_on_and_so_does_one_that_is_stopped(tmp_p
     """No trial is at work in a pause; after `resume`, and after Ctrl-C, each goes on where it was: no step is lost."""
     study, runs = tmp_path / "rates.yaml", tmp_path / "runs"
     study.write_text(SEARCH.format(method="random", scheduler="fifo", configurations=3))
-    store = Store(runs)
-    with _start(study, runs) as driver:
+    said, store = tmp_path / "said", Store(runs)
+    with said.open("w") as stderr, _start(study, runs, stderr=stderr) as driver:
         _await(driver, lambda: any(_steps(runs).values()))
         (folder,) = runs.glob("studies/rates/smoke/*")
         ask(folder / STOP_FILE, "pause")
-        _await(driver, lambda: not any(store.state(name) == "running" for name in _steps(runs)))
+        _await(
+            driver, lambda: "Paused, with no trial at work. To go on: python -m workbench resume" in said.read_text()
+        )
         before = _steps(runs)
-        time.sleep(3)
+        time.sleep(1)
         assert _steps(runs) == before
         ask(folder / STOP_FILE, None)
         _await(driver, lambda: len(list(runs.glob("trials/*/result.json"))) >= 2)
         _await(driver, lambda: any(store.state(name) == "running" for name in _steps(runs)))
         driver.send_signal(signal.SIGINT)
-        _, err = driver.communicate(timeout=PATIENCE)
+        driver.wait(PATIENCE)
+    err = said.read_text()
     assert driver.returncode == 130, err
-    assert err.count("Paused, with no trial at work. To go on: python -m workbench resume") == 1
     assert "Interrupted; nothing that was finished is lost" in err
     assert not _found(runs)["complete"]
     with _start(study, runs) as driver:
         _, err = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 0, err
     assert (_found(runs)["complete"], len(_steps(runs)), _each_step_once(runs)) == (True, 6, True)
+
+
+def test_a_configuration_that_fails_leaves_the_others_be(tmp_path, monkeypatch):
+    """Before it has a score, too: the rest of the search is completed, and the exit code and a line tell of it."""
+    study, runs = tmp_path / "rates.yaml", tmp_path / "runs"
+    study.write_text(SEARCH.format(method="random", scheduler="fifo", configurations=2))
+    monkeypatch.setenv("STRUCK", str(tmp_path / "struck"))
+    with _start(study, runs) as driver:
+        _, err = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 1, err
+    assert "Failed trials are tried again by the same command" in err
+    assert Counter(row["state"] for row in _found(runs)["configurations"]) == {"finished": 3, "failed": 1}
 
 
 def test_the_cap_of_gpu_hours_ends_a_search_and_a_higher_one_goes_on(tmp_path):

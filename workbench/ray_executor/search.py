@@ -8,6 +8,7 @@ trials again, from their events, and so goes on where the last one was.
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,27 +72,28 @@ class _Source(_Unkept, Searcher):
     """Hands out the configurations that are known, then new ones, in the order of their numbers."""
 
     def __init__(self, searching: Searching, known: list[Configuration], *, stopping: Callable[[], bool]) -> None:
-        super().__init__(metric=_SCORE, mode=searching.search.mode)
+        super().__init__()  # without a metric: Tune would insist on one of a trial that failed or was interrupted
         self._searching, self._waiting, self._stopping = searching, list(known), stopping
         self._given: dict[str, Configuration] = {}  # and are at work, by Tune's own id of a trial
         self._has_begun = self._hopeless = False
 
     def suggest(self, trial_id: str) -> Any:
-        if self._stopping():
-            return None
-        if self._hopeless:
-            return Searcher.FINISHED
+        found = None if self._over() else self._next()
+        if found is None:  # told None where nothing is at work, Tune would go on asking for ten minutes
+            return Searcher.FINISHED if self._over() else None
+        self._given[trial_id] = found
+        return asdict(found)
+
+    def _next(self) -> Configuration | None:
         if not self._waiting and (new := self._searching.next()):
             self._waiting.append(new)
-        if not self._waiting or not self._searching.may_begin(self._waiting[0], self._given.values()):
-            return None  # for now: Tune asks again
-        found = self._given[trial_id] = self._waiting.pop(0)
-        return {
-            "variant": found.variant,
-            "number": found.number,
-            "values": found.values,
-            "trial_id": found.trial_id,
-        }
+        if self._waiting and self._searching.may_begin(self._waiting[0], self._given.values()):
+            return self._waiting.pop(0)
+        return None
+
+    def _over(self) -> bool:
+        """Tell whether nothing more is to begin."""
+        return self._hopeless or self._stopping()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Learn nothing from Tune: the records say it."""
@@ -211,7 +213,7 @@ class _Actor(tune.Trainable):
 
     def _take(self, config: dict[str, Any]) -> None:
         """Take a configuration on."""
-        configuration = Configuration(**{name: config[name] for name in ("variant", "number", "values", "trial_id")})
+        configuration = Configuration(**{name: config[name] for name in Configuration.__dataclass_fields__})
         plan = expanded(self._plan, [configuration])
         assert plan.study.search is not None  # its driver has looked
         self._search = plan.study.search
