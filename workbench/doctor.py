@@ -4,7 +4,7 @@ One finding for each thing looked at: `ok`, `note` (works, with a consequence th
 what to do. Nothing is contacted, changed or kept: files that it writes to see whether it can are taken away again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,7 @@ CHECKS = (
 
 def examine(runs: Path) -> tuple[Finding, ...]:
     """Look at everything; `runs` is the folder of the records, which need not be there."""
-    return tuple(_findings(runs))
-
-
-def _findings(runs: Path) -> Iterator[Finding]:
-    for look in CHECKS:
-        yield from check(look, runs)
+    return tuple(check(look, runs) for look in CHECKS)
 
 
 def describe(findings: Sequence[Finding]) -> dict[str, Any]:

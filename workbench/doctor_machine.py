@@ -5,11 +5,10 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from workbench import provenance
-from workbench.findings import GIGABYTE, Finding
+from workbench import filesystem, provenance
+from workbench.findings import GIGABYTE, Finding, State, by_state, note, ok, problem
 from workbench.labels import size
 
 MEMORY_A_CORE = 1.5 * GIGABYTE  # of a trial of the laptop profile, with torch
@@ -20,36 +19,28 @@ LONGEST_SOCKET = 107  # characters of the path of a Unix socket
 RAY_SOCKET = "/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 PORTS = {5000: "mlflow ui (--port names another)", 8501: "streamlit (--server.port names another)"}
 RAY_PORTS = {6379: "ray start --head (--port)", 8265: "Ray's dashboard (--dashboard-port)"}
-NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "fuse.", "glusterfs", "wekafs")
 
 _CGROUP = Path("/sys/fs/cgroup")
-_MOUNTS = Path("/proc/self/mountinfo")
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def cores(_runs: Path) -> Iterator[Finding]:
+def cores(_runs: Path) -> Finding:
     """Say how many cores a run gets, and what holds it to fewer than there are."""
     usable, there = provenance.available_cores(), os.cpu_count() or 1
     limited = "" if usable == there else f" of {there}, by affinity or a container's quota"
-    yield Finding(what="cores", state="ok", found=f"{usable}{limited}")
+    return ok("cores", f"{usable}{limited}")
 
 
-def memory(_runs: Path) -> Iterator[Finding]:
+def memory(_runs: Path) -> Finding:
     """Compare the free memory with what as many trials as there are cores need."""
     free = _free_memory()
     if free is None:
-        yield Finding(what="memory", state="note", found="how much is free cannot be told here")
-        return
+        return note("memory", "how much is free cannot be told here")
     needed = MEMORY_A_CORE * provenance.available_cores()
-    if free >= needed:
-        yield Finding(what="memory", state="ok", found=f"{size(free)} free")
-        return
-    yield Finding(
-        what="memory",
-        state="problem" if free < MEMORY_A_CORE else "note",
-        found=f"{size(free)} free, and as many trials as there are cores want {size(needed)}",
-        remedy="end what fills it, or run fewer at once (training.threads, taskset)",
-    )
+    state = _state_of(free, least=MEMORY_A_CORE, enough=needed)
+    short = "" if state == "ok" else f", and as many trials as there are cores want {size(needed)}"
+    remedy = "end what fills it, or run fewer at once (training.threads, taskset)"
+    return by_state("memory", state, f"{size(free)} free{short}", remedy)
 
 
 def _free_memory() -> int | None:
@@ -66,19 +57,22 @@ def _free_memory() -> int | None:
         return free
 
 
-def shared_memory(_runs: Path) -> Iterator[Finding]:
+def shared_memory(_runs: Path) -> Finding:
     """Look at /dev/shm, through which Ray and data workers hand over what is large."""
     if not _SHARED_MEMORY.is_dir():
         found = "there is no /dev/shm; Ray then uses the temporary folder"
-        yield Finding(what="shared memory", state="note", found=found)
-        return
+        return note("shared memory", found)
     free = shutil.disk_usage(_SHARED_MEMORY).free
-    state = "problem" if free < LEAST_SHARED_MEMORY else "note" if free < ENOUGH_SHARED_MEMORY else "ok"
-    remedy = "" if state == "ok" else "docker run --shm-size=2g, or in Kubernetes a volume of medium Memory on /dev/shm"
-    yield Finding(what="shared memory", state=state, found=f"{size(free)} free in /dev/shm", remedy=remedy)
+    state = _state_of(free, least=LEAST_SHARED_MEMORY, enough=ENOUGH_SHARED_MEMORY)
+    remedy = "docker run --shm-size=2g, or in Kubernetes a volume of medium Memory on /dev/shm"
+    return by_state("shared memory", state, f"{size(free)} free in /dev/shm", remedy)
 
 
-def runs_folder(runs: Path) -> Iterator[Finding]:
+def _state_of(free: float, *, least: float, enough: float) -> State:
+    return "problem" if free < least else "note" if free < enough else "ok"
+
+
+def runs_folder(runs: Path) -> Finding:
     """See whether records can be written, renamed and linked, which claims of trials need."""
     place = nearest(runs)
     try:
@@ -88,14 +82,12 @@ def runs_folder(runs: Path) -> Iterator[Finding]:
             first.rename(first.with_name("second"))
             (Path(folder) / "third").hardlink_to(first.with_name("second"))
     except OSError as error:
-        yield Finding(
-            what="records",
-            state="problem",
-            found=f"{place}: files cannot be made, renamed and linked there ({error.strerror})",
-            remedy="name another folder with --runs",
+        return problem(
+            "records",
+            f"{place}: files cannot be made, renamed and linked there ({error.strerror})",
+            "name another folder with --runs",
         )
-        return
-    yield Finding(what="records", state="ok", found=f"{runs} can be written")
+    return ok("records", f"{runs} can be written")
 
 
 def nearest(path: Path) -> Path:
@@ -103,50 +95,31 @@ def nearest(path: Path) -> Path:
     return next((place for place in (path.absolute(), *path.absolute().parents) if place.is_dir()), Path("/"))
 
 
-def disk(runs: Path) -> Iterator[Finding]:
+def disk(runs: Path) -> Finding:
     """Tell how much room the records have."""
     free = shutil.disk_usage(nearest(runs)).free
-    state = "problem" if free < LEAST_DISK else "note" if free < ENOUGH_DISK else "ok"
-    remedy = "" if state == "ok" else "make room, name another folder with --runs, or set execution.quota"
-    yield Finding(what="disk", state=state, found=f"{size(free)} free for the records", remedy=remedy)
+    state = _state_of(free, least=LEAST_DISK, enough=ENOUGH_DISK)
+    remedy = "make room, name another folder with --runs, or set execution.quota"
+    return by_state("disk", state, f"{size(free)} free for the records", remedy)
 
 
-def file_system(runs: Path) -> Iterator[Finding]:
+def file_system(runs: Path) -> Finding:
     """Tell what the kind of file system means for the records."""
-    kind = file_system_of(nearest(runs))
+    kind = filesystem.type_of(nearest(runs))
     if kind is None:
-        yield Finding(what="file system", state="note", found="its kind cannot be told here")
-    elif kind.startswith(NETWORK_FILE_SYSTEMS):
-        yield Finding(
-            what="file system",
-            state="note",
-            found=f"{kind}: records may be shared between machines, but an SQLite database may not",
-            remedy="where several machines run studies, name an MLflow server with --tracking-uri",
+        return note("file system", "its kind cannot be told here")
+    if filesystem.is_network(kind):
+        found = f"{kind}: records may be shared between machines, but an SQLite database may not"
+        return note(
+            "file system", found, "where several machines run studies, name an MLflow server with --tracking-uri"
         )
-    elif kind in ("tmpfs", "ramfs", "overlay", "overlayfs"):
+    if kind in ("tmpfs", "ramfs", "overlay", "overlayfs"):
         whose = "a container's own layer" if kind.startswith("overlay") else "memory"
-        remedy = "name a folder on a disk with --runs"
-        yield Finding(what="file system", state="note", found=f"{kind}: records go with {whose}", remedy=remedy)
-    else:
-        yield Finding(what="file system", state="ok", found=kind)
+        return note("file system", f"{kind}: records go with {whose}", "name a folder on a disk with --runs")
+    return ok("file system", kind)
 
 
-def file_system_of(path: Path) -> str | None:
-    """Return the kind of file system that a folder is on, as Linux names it."""
-    try:
-        lines = _MOUNTS.read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return None
-    found, longest = None, -1
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        point = Path(before.split()[4].replace("\\040", " "))
-        if path.resolve().is_relative_to(point) and len(point.parts) >= longest:  # of two on one point the later one
-            found, longest = after.split()[0], len(point.parts)
-    return found
-
-
-def clock(runs: Path) -> Iterator[Finding]:
+def clock(runs: Path) -> Finding:
     """Compare this machine's clock with that of the file system, which stamps the records."""
     with tempfile.NamedTemporaryFile(dir=nearest(runs), prefix=".doctor-") as file:
         before = time.time()
@@ -154,46 +127,38 @@ def clock(runs: Path) -> Iterator[Finding]:
         file.flush()
         stamped, after = Path(file.name).stat().st_mtime, time.time()
     ahead = stamped - (before + after) / 2
-    state = "ok"
-    if abs(ahead) > CLOCK_NOTE_SECONDS:
-        state = "problem" if abs(ahead) > CLOCK_PROBLEM_SECONDS else "note"
-    remedy = "" if state == "ok" else "let both follow a time server (chrony, systemd-timesyncd)"
+    state = _state_of(-abs(ahead), least=-CLOCK_PROBLEM_SECONDS, enough=-CLOCK_NOTE_SECONDS)
     found = f"{abs(ahead):.1f} s {'behind' if ahead > 0 else 'ahead of'} the file system's"
-    yield Finding(what="clock", state=state, found=found, remedy=remedy)
+    return by_state("clock", state, found, "let both follow a time server (chrony, systemd-timesyncd)")
 
 
-def home(_runs: Path) -> Iterator[Finding]:
+def home(_runs: Path) -> Finding:
     """See whether the home folder can be written, where caches and Ray's token are kept."""
     folder = Path.home()
-    if problem := unwritable(folder):
-        yield Finding(
-            what="home",
-            state="note",
-            found=f"{folder}: {problem}; trials on this machine run, and what is kept there is made anew each time",
-            remedy="set XDG_CACHE_HOME to a folder for the compiled kernel; on a cluster RAY_AUTH_TOKEN_PATH",
+    if why := unwritable(folder):
+        return note(
+            "home",
+            f"{folder}: {why}; trials on this machine run, and what is kept there is made anew each time",
+            "set XDG_CACHE_HOME to a folder for the compiled kernel; on a cluster RAY_AUTH_TOKEN_PATH",
         )
-    else:
-        yield Finding(what="home", state="ok", found=f"{folder} can be written")
+    return ok("home", f"{folder} can be written")
 
 
-def temporary_folder(_runs: Path) -> Iterator[Finding]:
+def temporary_folder(_runs: Path) -> Finding:
     """See whether the temporary folders can be written, and Ray's sockets have names short enough."""
     folder = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
-    if problem := unwritable(folder):
+    if why := unwritable(folder):
         remedy = "set TMPDIR to a folder that can be written"
-        yield Finding(what="temporary files", state="problem", found=f"{folder}: {problem}", remedy=remedy)
-        return
+        return problem("temporary files", f"{folder}: {why}", remedy)
     ray = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     longest = LONGEST_SOCKET - len(RAY_SOCKET)
     if len(os.fsencode(ray)) > longest:
-        yield Finding(
-            what="temporary files",
-            state="problem",
-            found=f"{ray} has {len(os.fsencode(ray))} characters, and Ray's sockets below it allow {longest}",
-            remedy="set RAY_TMPDIR=/tmp, or run --executor inline",
+        return problem(
+            "temporary files",
+            f"{ray} has {len(os.fsencode(ray))} characters, and Ray's sockets below it allow {longest}",
+            "set RAY_TMPDIR=/tmp, or run --executor inline",
         )
-        return
-    yield Finding(what="temporary files", state="ok", found=f"{folder} can be written")
+    return ok("temporary files", f"{folder} can be written")
 
 
 def unwritable(folder: Path) -> str:
@@ -205,14 +170,13 @@ def unwritable(folder: Path) -> str:
         return f"cannot be written ({error.strerror})"
 
 
-def ports(_runs: Path) -> Iterator[Finding]:
+def ports(_runs: Path) -> Finding:
     """See which of the usual ports are taken on loopback; only there does anything of this project listen."""
     taken = [f"{port}, of {whose}" for port, whose in {**PORTS, **RAY_PORTS}.items() if not _free(port)]
     if taken:
         found = f"in use: {'; '.join(taken)}"
-        yield Finding(what="ports", state="note", found=found, remedy="what listens there may be what you want to see")
-    else:
-        yield Finding(what="ports", state="ok", found=f"{', '.join(map(str, {**PORTS, **RAY_PORTS}))} are free")
+        return note("ports", found, "what listens there may be what you want to see")
+    return ok("ports", f"{', '.join(map(str, {**PORTS, **RAY_PORTS}))} are free")
 
 
 def _free(port: int) -> bool:
@@ -225,7 +189,7 @@ def _free(port: int) -> bool:
     return True
 
 
-def network(_runs: Path) -> Iterator[Finding]:
+def network(_runs: Path) -> Finding:
     """See whether this machine reaches itself, which Ray needs, and whether a way out is there; nothing is sent out."""
     with socket.socket() as listener, socket.socket() as caller:
         try:
@@ -236,13 +200,11 @@ def network(_runs: Path) -> Iterator[Finding]:
         except OSError as error:
             found = f"this machine cannot reach itself at 127.0.0.1 ({error.strerror})"
             remedy = "bring up its loopback interface, or run --executor inline"
-            yield Finding(what="network", state="problem", found=found, remedy=remedy)
-            return
+            return problem("network", found, remedy)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way_out:
         try:
             way_out.connect(("192.0.2.1", 9))  # an address that nobody has; of a datagram socket this sends nothing
         except OSError:
             found = "none but this machine's own; studies run, and pretrained weights must be files"
-            yield Finding(what="network", state="note", found=found)
-            return
-    yield Finding(what="network", state="ok", found="loopback, and a way out")
+            return note("network", found)
+    return ok("network", "loopback, and a way out")

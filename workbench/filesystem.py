@@ -16,6 +16,7 @@ NETWORK = (
     "afs",
     "9p",
     "pvfs2",
+    "wekafs",
 )
 _MOUNTS = Path("/proc/mounts")
 _ESCAPES = {r"\040": " ", r"\011": "\t", r"\012": "\n", r"\134": "\\"}
@@ -24,7 +25,12 @@ _ESCAPES = {r"\040": " ", r"\011": "\t", r"\012": "\n", r"\134": "\\"}
 def network_type(path: Path, *, mounts: Path = _MOUNTS) -> str | None:
     """Return the type of the network file system that `path` lies on, as `nfs4`; None on others, and where unknown."""
     found = type_of(path, mounts=mounts)
-    return found if found is not None and (found in NETWORK or found.startswith("fuse.")) else None
+    return found if found is not None and is_network(found) else None
+
+
+def is_network(kind: str) -> bool:
+    """Tell whether a type of file system is one that machines share."""
+    return kind in NETWORK or kind.startswith("fuse.")
 
 
 def type_of(path: Path, *, mounts: Path = _MOUNTS) -> str | None:

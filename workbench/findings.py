@@ -1,6 +1,6 @@
 """What a look at a machine finds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,12 +23,32 @@ class Finding:
         return f"{self.state:8}{self.what:16}{self.found}{remedy}"
 
 
-Look = Callable[[Path], Iterator[Finding]]
+def ok(what: str, found: str) -> Finding:
+    """Return a finding that leaves nothing to do."""
+    return Finding(what=what, state="ok", found=found)
 
 
-def check(look: Look, runs: Path) -> Iterator[Finding]:
-    """Yield what a look finds; one that fails is a finding itself, and the others go on."""
+def note(what: str, found: str, remedy: str = "") -> Finding:
+    """Return a finding that stops nothing and has a consequence."""
+    return Finding(what=what, state="note", found=found, remedy=remedy)
+
+
+def problem(what: str, found: str, remedy: str = "") -> Finding:
+    """Return a finding that stops a study, or makes it unsafe."""
+    return Finding(what=what, state="problem", found=found, remedy=remedy)
+
+
+def by_state(what: str, state: State, found: str, remedy: str) -> Finding:
+    """Return a finding of any state; where it is `ok` nothing is to be done."""
+    return Finding(what=what, state=state, found=found, remedy="" if state == "ok" else remedy)
+
+
+Look = Callable[[Path], Finding]
+
+
+def check(look: Look, runs: Path) -> Finding:
+    """Return what a look finds; one that fails is a finding itself, and the others go on."""
     try:
-        yield from look(runs)
+        return look(runs)
     except (OSError, ValueError) as error:
-        yield Finding(what=look.__name__.replace("_", " "), state="note", found=f"could not be looked at ({error})")
+        return note(look.__name__.replace("_", " "), f"could not be looked at ({error})")

@@ -1,6 +1,7 @@
 """Ten thousand study files that are wrong in some way: each is planned or refused in words, at once."""
 
 import faulthandler
+import hashlib
 import os
 import random
 import signal
@@ -8,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,29 @@ def fate(path):
     return "planned"
 
 
+def different(wanted):
+    """Return the numbers of so many mutants, no two of which are the same."""
+    numbers, candidates = {}, count()
+    while len(numbers) < wanted:
+        number = next(candidates)
+        numbers.setdefault(hashlib.sha256(b"\0".join(mutant(number))).digest(), number)
+    return list(numbers.values())
+
+
+def fates(folder, numbers):
+    """Return how many mutants end in which way; run in a process of its own."""
+    found = Counter()
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)  # where not even a signal ends a hang
+    for number in numbers:
+        path = write(folder, *mutant(number))
+        try:
+            found[fate(path)] += 1
+        except BaseException as error:
+            raise AssertionError(f"mutant {number}: {type(error).__name__}: {error}\n{mutant(number)}") from error
+    faulthandler.cancel_dump_traceback_later()
+    return found
+
+
 def test_the_file_that_is_mutated_is_sound(tmp_path):
     """Else every mutation would be refused for the same reason."""
     assert fate(write(tmp_path, STUDY.encode(), PROFILE.encode())) == "planned"
@@ -95,16 +120,12 @@ def test_watchdog_ends_a_hang():
 
 @pytest.mark.ci
 def test_no_mutated_study_file_raises_or_hangs(tmp_path):
-    """Of 10,000 files each is planned or refused with a message of our own within two seconds."""
-    found = Counter()
-    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)  # where not even a signal ends a hang
-    for number in range(NUM_FILES):
-        path = write(tmp_path, *mutant(number))
-        try:
-            found[fate(path)] += 1
-        except BaseException as error:
-            raise AssertionError(f"mutant {number}: {type(error).__name__}: {error}\n{mutant(number)}") from error
-    faulthandler.cancel_dump_traceback_later()
+    """Of 10,000 different files each is planned or refused with a message of our own within two seconds."""
+    numbers = different(NUM_FILES)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        halves = [pool.submit(fates, tmp_path / str(half), numbers[half::2]) for half in (0, 1)]
+        found = halves[0].result() + halves[1].result()
+    assert found.total() == NUM_FILES
     assert set(found) == {"planned", "refused"}
     assert found["planned"] > NUM_FILES / 100  # mutants near to a sound file, and
     assert found["refused"] > NUM_FILES / 2  # mostly files that are wrong

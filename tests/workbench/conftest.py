@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from trying import SCALE
 
 sys.path.append(str(Path(__file__).parents[1] / "faults"))
 
@@ -62,6 +63,20 @@ def plan_in():
         return make_plan(load_study(folder / "toy.yaml", Selection(profile="smoke", sets=TINY)))
 
     return plan
+
+
+@pytest.fixture
+def write_study(tmp_path):
+    """Return a writer of a study with its profile `laptop`: returns the path of the study file."""
+
+    def write(text, profile=SCALE):
+        (tmp_path / "profiles").mkdir(exist_ok=True)
+        (tmp_path / "profiles" / "laptop.yaml").write_text(profile)
+        path = tmp_path / "trying.yaml"
+        path.write_text(text)
+        return path
+
+    return write
 
 
 @pytest.fixture
