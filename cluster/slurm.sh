@@ -27,14 +27,24 @@ PYTHON=${WORKBENCH_PYTHON:-python}
 STATE=${WORKBENCH_STATE:-$HOME/.workbench}/job-$SLURM_JOB_ID
 RESTARTS=${WORKBENCH_RESTARTS:-100}
 NODES=${SLURM_JOB_NUM_NODES:-1}
+JOB=$SLURM_JOB_ID # to Slurm the number of one task of an array means all of them
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
 child=
 code=0
 asked_to_stop=
+job_goes_on() { # not so once it is cancelled, preempted, or has lost a node: Slurm then ends all its processes itself
+    scontrol --oneliner show job "$JOB" | grep ' JobState=RUNNING ' >/dev/null
+}
 # shellcheck disable=SC2317 # called by the trap
-stop() { # Slurm sends TERM three minutes before the wall time; a second one would end the driver without a checkpoint
-    if [ -z "$asked_to_stop" ] && [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi
+stop() { # Slurm sends TERM three minutes before the wall time. A second one ends the driver at once, without checkpoints
+    if [ -n "$asked_to_stop" ]; then return 0; fi
     asked_to_stop=1
+    if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi
+    if ! job_goes_on; then # and Ray is being ended, too: there is nothing to wait for
+        sleep 1
+        kill -TERM "$child" 2>/dev/null || true
+    fi
 }
 attend() { # COMMAND...: run it to its end and keep its exit code. A signal ends `wait`, not what is waited for
     "$@" &
@@ -121,15 +131,14 @@ attend "$PYTHON" -m workbench "$@" --address "$address"
 trap - EXIT
 leave
 
-# Above 128: stopped as asked, with a checkpoint of each trial. The same command goes on in the next allocation. A job
-# that was cancelled gets the signal, too; it is no longer RUNNING.
+# Above 128: stopped as asked, with a checkpoint of each trial. The same command goes on in the next allocation.
 if [ -n "$asked_to_stop" ] && [ "$code" -gt 128 ]; then
-    if ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep ' JobState=RUNNING ' >/dev/null; then
+    if ! job_goes_on; then
         echo "Not requeued by this script: Slurm is ending the job (scancel, or preempted)." >&2
-    elif [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    else
+    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$RESTARTS" ]; then
         echo "Not requeued: this job has been requeued $RESTARTS times (WORKBENCH_RESTARTS)." >&2
+    elif ! scontrol requeue "$JOB"; then
+        echo "Not requeued, for what scontrol says; the same sbatch line goes on." >&2
     fi
 fi
 exit "$code"

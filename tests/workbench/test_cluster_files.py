@@ -20,7 +20,7 @@ import yaml
 from workbench import attempts
 from workbench.cli import build_parser
 from workbench.durable import EventReader
-from workbench.ray_executor import tuner
+from workbench.ray_executor import tuner, wait
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = [*sorted((ROOT / "cluster").iterdir()), ROOT / "docs" / "cluster.md"]
@@ -111,7 +111,7 @@ case "$*" in
     "show hostnames "*) printf 'node1\\nnode2\\n' ;;
     *"show node node1") echo "NodeName=node1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=node1 Version=22.05" ;;
     *"show job "*) echo "JobId=4711 JobState=$FAKE_STATE Reason=None" ;;
-    *) echo "$@" >>"$FAKE_LOG" ;;
+    *) echo "$@" >>"$FAKE_LOG"; exit "$FAKE_REQUEUE" ;;
 esac""",
     # The workbench as it is, without the cluster, or what a test names; Ray's nodes only wait, as they would.
     "python": """
@@ -144,6 +144,7 @@ def slurm(toy_study, tmp_path):
         "FAKE_LOG": str(tmp_path / "log"),
         "FAKE_NODES": str(tmp_path / "nodes"),
         "FAKE_STATE": "RUNNING",
+        "FAKE_REQUEUE": "0",
         "FAKE_RAY": "exec sleep 300",
         "FAKE_WAIT": "exit 0",
         "FAKE_DRIVER": 'exec "$REAL_PYTHON" "${@:1:$#-2}" --executor inline',
@@ -178,34 +179,44 @@ DRIVER = """
 trap 'echo "driver stopped" >>"$FAKE_LOG"; stopped=1' TERM
 echo "driver began" >>"$FAKE_LOG"
 while [ -z "$stopped" ]; do sleep .1; done
-sleep .5
+sleep 2 & wait  # for checkpoints; a second signal ends it
 exit """
 
 
 @pytest.mark.parametrize(
-    ("code", "state", "requeued"),
+    ("code", "slurm_says", "requeued", "told"),
     [
-        pytest.param(143, "RUNNING", True, id="stopped"),
-        pytest.param(134, "RUNNING", True, id="before-it-could-listen"),
-        pytest.param(143, "COMPLETING", False, id="cancelled"),
-        *(pytest.param(code, "RUNNING", False, id=f"ended-with-{code}") for code in range(5)),
+        pytest.param(143, {}, "requeue 4711", "", id="stopped"),
+        pytest.param(134, {}, "requeue 4711", "", id="before-it-could-listen"),
+        pytest.param(143, {"FAKE_REQUEUE": "1"}, "requeue 4711", "same sbatch line", id="requeue-is-refused"),
+        pytest.param(143, {"FAKE_STATE": "COMPLETING"}, None, "Slurm is ending the job", id="cancelled"),
+        pytest.param(
+            143,
+            {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2"},
+            "requeue 4711_2",
+            "",
+            id="a-task-of-an-array-alone",
+        ),
+        *(pytest.param(code, {}, None, "", id=f"ended-with-{code}") for code in range(5)),
     ],
 )
-def test_only_an_unfinished_study_is_requeued(slurm, tmp_path, code, state, requeued):
+def test_only_an_unfinished_study_is_requeued(slurm, tmp_path, code, slurm_says, requeued, told):
     """A job whose driver ended by the signal is requeued; not one that ended by itself, nor one that was cancelled.
 
-    The driver gets one signal of two, since a second one would end it before the checkpoints. Nothing is left behind.
+    Of two signals the driver gets one, since a second one would end it before the checkpoints; when the job is
+    cancelled it gets that, too. Nothing is left behind.
     """
-    job = slurm(FAKE_DRIVER=f"{DRIVER}{code}", FAKE_STATE=state)
+    job = slurm(FAKE_DRIVER=f"{DRIVER}{code}", **slurm_says)
     wait_for(lambda: log_of(tmp_path, "driver began"), job)
     for _ in range(2):
         job.send_signal(signal.SIGTERM)
         wait_for(lambda: log_of(tmp_path, "driver stopped"), job)
     _, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == code, err
-    assert len(log_of(tmp_path, "driver stopped")) == 1
-    assert bool(log_of(tmp_path, "requeue 4711")) is requeued
-    assert ("Not requeued" in err) is (state == "COMPLETING")
+    assert len(log_of(tmp_path, "driver stopped")) == (2 if "FAKE_STATE" in slurm_says else 1)
+    assert log_of(tmp_path, "requeue") == ([requeued] if requeued else [])
+    assert told in err
+    assert bool(told) is ("Not requeued" in err)
     assert not list((tmp_path / ".workbench").iterdir())
     assert not list((tmp_path / "nodes").iterdir())
 
@@ -230,17 +241,24 @@ def test_each_node_gets_ray_in_a_folder_of_its_own(slurm, tmp_path):
 
 
 def test_why_ray_did_not_start_is_told(slurm, tmp_path):
-    """The job ends at once with what Ray printed; no study begins."""
+    """The job ends with what Ray printed, as soon as what starts Ray has ended; no study begins."""
     job = slurm(
         FAKE_RAY="echo no such port; exit 1",
-        FAKE_WAIT='exec "$REAL_PYTHON" "$@"',
+        FAKE_WAIT='[ "$3 $4" = "127.0.0.1:24711 1" ] && tail --pid="$5" -f /dev/null; exit 1',
         FAKE_DRIVER='echo "driver began" >>"$FAKE_LOG"',
     )
     _, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 1
-    assert re.search(r"0 of 1 nodes came to 127.0.0.1:24711 in \d+ s", err)
     assert "no such port" in err
     assert not log_of(tmp_path, "driver began")
+
+
+def test_nodes_are_not_waited_for_when_nothing_starts_them(capsys):
+    """The wait ends with the process that starts Ray, and says how many nodes came."""
+    with subprocess.Popen(["true"]) as starter:
+        pass
+    assert wait.main(["127.0.0.1:9", "2", str(starter.pid)]) == 1
+    assert re.match(r"0 of 2 nodes came to 127.0.0.1:9 in \d+ s\.", capsys.readouterr().err)
 
 
 def wait_for(met, job):
