@@ -82,10 +82,8 @@ for ref in store.studies():
     "decide": PLANNED
     + """
 from workbench.runner import Options, Run
-class Mirror:
-    tracking_uri = ""
 ref = store.register(plan, source="")
-run = Run(plan, store, ref, Mirror(), wishes=ref.path / "wish", options=Options(executor="inline"), err=io.StringIO())
+run = Run(plan, store, ref, wishes=ref.path / "wish", options=Options(executor="inline"), err=io.StringIO())
 store.results_for(plan)
 assert run._candidates(plan.trials) == () and not run._elsewhere(plan.trials)
 run.house.prepare(plan, run._candidates(plan.trials), at_once=1)
@@ -93,10 +91,8 @@ run.house.prepare(plan, run._candidates(plan.trials), at_once=1)
     "decide, judge and report": PLANNED
     + """
 from workbench.runner import Options, Run
-class Mirror:
-    tracking_uri = ""
 ref = store.register(plan, source="")
-run = Run(plan, store, ref, Mirror(), wishes=ref.path / "wish", options=Options(executor="inline"), err=io.StringIO())
+run = Run(plan, store, ref, wishes=ref.path / "wish", options=Options(executor="inline"), err=io.StringIO())
 assert run.looks() == 0
 run.report()
 """,

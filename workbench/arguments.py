@@ -67,14 +67,24 @@ def selection_options() -> argparse.ArgumentParser:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: names with commas between them, or all")
+    return found
 
 
 def number(text: str) -> float:
-    """Read a positive number. Raises ValueError for anything else."""
-    found = float(text)
+    """Read a positive number.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
     if not 0 < found < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a number above 0")
     return found
 
 

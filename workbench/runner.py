@@ -67,9 +67,7 @@ def run_study(plan: Plan, store: Store, options: Options, *, out: TextIO, err: T
         ref = store.register(plan, source=source)
         waiting = line_to(screen) if options.wait else None
         with disk.in_words(store.root, exit_code=1), store.lock(ref, wait=waiting) as hold:
-            uri = options.tracking_uri or plan.study.tracking_uri
-            mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=line_to(screen))
-            run = _kind_of_run(plan)(plan, store, ref, mirror, wishes=hold.wish_file, options=options, err=screen)
+            run = _kind_of_run(plan)(plan, store, ref, wishes=hold.wish_file, options=options, err=screen)
             hold.on_loss(run.stop_superseded)
             with run.stop.listening():
                 run.require_gate()
@@ -87,20 +85,23 @@ def _kind_of_run(plan: Plan) -> "type[Run]":
 class Run:
     """One driver's work on one plan."""
 
-    def __init__(
-        self, plan: Plan, store: Store, ref: StudyRef, mirror: Mirror, *, wishes: Path, options: Options, err: TextIO
-    ) -> None:
-        self.plan, self.store, self.ref, self.mirror = plan, store, ref, mirror
+    def __init__(self, plan: Plan, store: Store, ref: StudyRef, *, wishes: Path, options: Options, err: TextIO) -> None:
+        self.plan, self.store, self.ref = plan, store, ref
         self.options, self.err = options, err
-        self.say = line_to(err)
         self.began = time.monotonic()
         self.driver = Process.current(command=durable.now())
         self.tried: set[str] = set()  # trials that this driver has given to its executor
-        self.stop = StopRequest(wishes, announce=self._announce_stop)
+        uri = options.tracking_uri or plan.study.tracking_uri
+        self.mirror = Mirror(store, ref, plan, tracking_uri=uri, warn=self.say)
+        self.stop = StopRequest(wishes, announce=self.say)
         self.progress: Progress | None = None
-        self.house = Housekeeping(store, plan, say=self._announce_stop)
+        self.house = Housekeeping(store, plan, say=self.say)
         self.searching: Searching | None = None  # where configurations are suggested while trials run
         self.budget_seconds = options.budget_seconds or plan.study.budget_seconds
+
+    def say(self, line: str) -> None:
+        """Say a line, above the table of trials where there is one."""
+        (self.progress.say if self.progress else line_to(self.err))(line)
 
     @cached_property
     def budget(self) -> Budget:
@@ -257,7 +258,7 @@ class Run:
 
     def _wait_out_pause(self) -> None:
         line = commands.command(self.store.results_for(self.plan), verb="resume")
-        self._announce_stop(f"Paused, with no trial at work. To go on: {line}")
+        self.say(f"Paused, with no trial at work. To go on: {line}")
         while self.stop.paused() and not self.stop.requested():
             time.sleep(WAIT_SECONDS / 4)
 
@@ -286,7 +287,7 @@ class Run:
 
             run_on_ray(job)
         self.house.keep_quota()
-        if self.stop.requested() or self.stop.paused():
+        if self.stop.wanted():
             return True
         self._record_lost(trials)
         retries = self.plan.study.execution.retries
@@ -309,7 +310,7 @@ class Run:
 
     def _stop_for_disk(self, line: str) -> None:
         self.stop.stop()
-        self._announce_stop(line)
+        self.say(line)
 
     def _candidates(self, trials: tuple[PlannedTrial, ...]) -> tuple[PlannedTrial, ...]:
         """Return the trials to run now, in order. What has failed under this driver is not run again by it."""
@@ -349,10 +350,7 @@ class Run:
     def stop_superseded(self) -> None:
         """Stop, since another driver has taken the study over."""
         self.stop.stop()
-        self._announce_stop("Another driver has taken this study over, as when this machine had been asleep: stopping.")
-
-    def _announce_stop(self, line: str) -> None:
-        (self.progress.say if self.progress else self.say)(line)
+        self.say("Another driver has taken this study over, as when this machine had been asleep: stopping.")
 
     def _say_start(self, number: int, trials: tuple[PlannedTrial, ...]) -> None:
         study, over = self.plan.study, sum(self._over(trial) for trial in trials)

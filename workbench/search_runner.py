@@ -143,7 +143,7 @@ class SearchRun(Run):
         over = sum(other.over or other.trial_id in self.found.ending for other in tried)
         fate = _fate(item, self.found.search.metric, ending=trial_id in self.found.ending)
         line = f"{item.variant} {item.number}: {fate}; {told(item.values)} "
-        self._announce_stop(f"{line}({over} of {self.found.total} over)")
+        self.say(f"{line}({over} of {self.found.total} over)")
 
 
 def _fate(item: Tried, metric: str, *, ending: bool) -> str:

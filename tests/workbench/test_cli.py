@@ -52,6 +52,15 @@ def test_check_reads_every_profile(capsys):
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("words", [["--variants", ","], ["--gpus", "0"], ["--gpus", "nan"], ["--gpus", "two"]])
+def test_what_an_option_cannot_be_is_told_with_what_it_can(words, capsys):
+    """A list of no names would else choose nothing in particular, and no GPUs cost nothing."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(["plan", str(STUDY), *words])
+    assert left.value.code == 2
+    assert f"argument {words[0]}: found {words[1]!r}; allowed: " in capsys.readouterr().err
+
+
 def test_check_tells_the_problems_of_all_files(tmp_path, capsys):
     """Problems of every file and profile are told once each on stderr, with exit code 2; valid files are named too."""
     bad = tmp_path / "bad.yaml"

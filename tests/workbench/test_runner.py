@@ -157,6 +157,42 @@ def test_trials_that_somebody_else_has_just_computed_are_no_reason_to_give_up(to
     assert "No trial could be started" not in err
 
 
+class Terminal(io.StringIO):
+    """A terminal without end; `lines` are what stands on it."""
+
+    def isatty(self):
+        """Say that it is one."""
+        return True
+
+    def lines(self):
+        """Follow what was written, up and down."""
+        shown = [""]
+        for part in re.split(r"(\x1b\[\d+F\x1b\[J)", self.getvalue()):
+            if up := re.fullmatch(r"\x1b\[(\d+)F\x1b\[J", part):
+                shown[-int(up[1]) - 1 :] = [""]
+            else:
+                first, *rest = part.split("\n")
+                shown = [*shown[:-1], shown[-1] + first, *rest]
+        return shown
+
+
+def test_what_is_said_while_a_table_is_drawn_stays_on_the_screen(toy_plan, store, toy_trainer, monkeypatch):
+    """A table draws itself over its last self: a line said meanwhile stands above it, and is not drawn over."""
+    monkeypatch.setenv("TERM", "xterm")
+
+    def fail(_step):
+        raise ImportError("No module named 'mine'")
+
+    trainer, terminal = toy_trainer(before_step=fail), Terminal()
+    options = Options(executor="inline", tracking_uri=NOWHERE, trainer=trainer)
+    with mock.patch("workbench.progress.REDRAW_SECONDS", 0.01):
+        assert run_study(toy_plan, store, options, out=io.StringIO(), err=terminal) == 1
+    lines = terminal.lines()
+    assert "The first trial could not take a single step, so the others were not begun." in lines
+    assert sum(line.startswith("variant") for line in lines) == 1
+    assert any("MLflow cannot be reached" in line for line in lines)
+
+
 def test_an_executor_that_begins_nothing_is_told(toy_plan, store):
     """No endless loop, and no talk of failed trials: none was tried."""
     with mock.patch.object(runner, "run_inline"):
