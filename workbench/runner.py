@@ -142,15 +142,14 @@ class Run:
     def to_its_end(self, out: TextIO) -> int:
         """Run, judge and report; tell MLflow and the hook; return the exit code."""
         try:
-            with disk.in_words(self.store.root):
-                code = self.looks()
-                interrupted = code > LIMIT_REACHED
-                if not interrupted:
-                    out.write(self.report())
-                    out.flush()
-                self.mirror.finish(limit=FLUSH_STOPPED_SECONDS if interrupted else FLUSH_SECONDS)
-                if not interrupted:
-                    self.say_spending()
+            code = self.looks()
+            interrupted = code > LIMIT_REACHED
+            if not interrupted:
+                out.write(self.report())
+                out.flush()
+            self.mirror.finish(limit=FLUSH_STOPPED_SECONDS if interrupted else FLUSH_SECONDS)
+            if not interrupted:
+                self.say_spending()
         except Exception as error:
             self.call_hook(getattr(error, "exit_code", 1))
             raise
@@ -278,7 +277,7 @@ class Run:
             trainer=self.options.trainer,
             driver=self.driver,
             searching=self.searching,
-            tell=self._announce_stop,
+            tell=self.say,
         )
         if self.options.executor == "inline":
             run_inline(job)
