@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from workbench import provenance
+from workbench import durable, provenance
 from workbench.placement import Demand, Machine, demand_of, places
 from workbench.processes import Process
 from workbench.ranks import trainer_on_one_machine
@@ -111,15 +111,17 @@ class StopRequest:
 
 
 def ask(path: Path, wanted: Wish | None) -> None:
-    """Ask the driver whose stop file this is to stop or pause; None withdraws the wish."""
+    """Ask the driver whose file this is to stop or pause; None withdraws the wish."""
     if wanted is None:
         path.unlink(missing_ok=True)
+    elif wanted == "stop":
+        path.write_bytes(b"")  # which needs no room on a full disk
     else:
-        path.write_text(wanted, encoding="ascii")
+        durable.write_text(path, wanted)  # whole, since half of it would ask to stop
 
 
 def wish(path: Path) -> Wish | None:
-    """Return what a stop file asks for; one that says nothing, as of an earlier version, asks to stop."""
+    """Return what a driver is asked for by its file; one that says nothing asks to stop."""
     try:
         text = path.read_text(encoding="ascii", errors="replace").strip()
     except FileNotFoundError:

@@ -10,9 +10,9 @@ import pytest
 from drivers import start, steps_of, wait_for
 from toys import ToyTrainer, run_toy, toy_plan
 
-from workbench import attempts
+from workbench import attempts, durable
 from workbench.errors import WorkbenchError
-from workbench.execution import StopNow, StopRequest
+from workbench.execution import StopNow, StopRequest, ask, wish
 from workbench.runner import Run
 from workbench.steering import steer
 from workbench.store import Store
@@ -93,6 +93,23 @@ def test_a_study_that_nobody_runs_cannot_be_steered(tmp_path):
         for wanted in ("pause", None):
             with pytest.raises(WorkbenchError, match="is stopping already"):
                 steer(plan, store, wanted)
+
+
+def test_a_pause_is_never_taken_for_a_stop(tmp_path):
+    """The driver may look while the wish is being written, which takes a while on a shared file system."""
+    path, seen = tmp_path / "wish", []
+    write = durable._write_and_sync
+
+    def look_first(draft, content):
+        draft.touch()
+        seen.append(wish(path))
+        write(draft, content)
+
+    with mock.patch.object(durable, "_write_and_sync", look_first):
+        ask(path, "pause")
+    assert (seen, wish(path)) == ([None], "pause")
+    ask(path, "stop")
+    assert wish(path) == "stop"
 
 
 def test_a_wish_that_comes_before_the_first_trial_is_heard(tmp_path):

@@ -56,7 +56,7 @@ def join(address: str | None, *, cores: int | None = None) -> None:
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
     """Let Ray, which takes SIGTERM first of all and answers with its own exit code or `abort`, have it no longer."""
-    earlier = signal.getsignal(signal.SIGTERM)
+    earlier = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL  # None: of native code, as of an earlier Ray
     try:
         yield
     except SystemExit as exit_:
