@@ -49,7 +49,7 @@ def on_a_small_disk(folder: Path, megabytes: int, *command: str) -> "subprocess.
         pytest.skip(f"no small file system can be mounted here: {tried.stderr.strip()}")
     paths = [str(ROOT), str(Path(__file__).parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*alone, *command], check=False, capture_output=True, text=True, timeout=100, env=environment)
+    return subprocess.run([*alone, *command], check=False, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def _save_without_care(folder: Path, step: int, state: dict[str, Any]) -> Path:
