@@ -181,7 +181,7 @@ def watched(
         problem = _problem(runs, also)
         if problem is not None and not told:
             told = True
-            on_low(f"{problem}, then give the same command again.")
+            on_low(problem)
 
     return repeating(look, every=WATCH_SECONDS, name="disk", on_error=on_error)
 
@@ -191,11 +191,14 @@ def _problem(runs: Path, also: Callable[[], None]) -> str | None:
         also()
         free = free_bytes(runs)
     except OSError as error:
-        return f"{error.filename or runs}: {(error.strerror or str(error)).lower()}: stopping. Mend that"
+        found = f"{error.filename or runs}: {(error.strerror or str(error)).lower()}"
+        return f"{found}: stopping. Mend that, then give the same command again."
+    except StoreError as error:
+        return f"Stopping, since {error}"
     if free >= RESERVE_BYTES:
         return None
-    needed = f"less than the {size(RESERVE_BYTES)} that are to stay free"
-    return f"{runs}: {size(free)} are free, {needed}: stopping. Make room"
+    found = f"{runs}: {size(free)} are free, less than the {size(RESERVE_BYTES)} that are to stay free"
+    return f"{found}: stopping. Make room, then give the same command again."
 
 
 @contextmanager

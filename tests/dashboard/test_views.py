@@ -176,6 +176,18 @@ def test_runs_show_every_trial_and_what_went_wrong(page, running_runs):
     assert "Not mirrored to MLflow yet." in texts(app)
 
 
+def test_runs_tell_many_failures_in_short(page, tmp_path, fake_results, write_runs):
+    """Twenty are told in full, the others counted; every one of them is in the table."""
+    seeds = 60
+    failed = {("a", seed): "failed" for seed in range(23)}
+    write_runs(tmp_path, fake_results({"a": [0.3] * seeds, "b": []}, states=failed, looks=((seeds, 0.05),)))
+    app = page(tmp_path, "views/runs.py")
+    assert len(app.error) == 20
+    assert "And 3 more, of 23; their states are in the table." in texts(app)
+    (table,) = app.dataframe
+    assert (len(table.value), list(table.value["state"]).count("failed")) == (2 * seeds, 23)
+
+
 def test_runs_link_to_mlflow(page, finished_runs):
     """The study and each trial link to their MLflow pages, with the line that starts those."""
     app = page(finished_runs, "views/runs.py")

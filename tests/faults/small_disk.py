@@ -16,15 +16,14 @@ from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from toys import NOWHERE, CheckpointToy, executed, run_toy, toy_plan
+from toys import CheckpointToy, executed, run_toy, toy_plan
 
 from core import checkpoint
 from core.checkpoint_files import PassedOver, path_of, sha256, sidecar_of
-from workbench import disk, runner
+from workbench import disk
 from workbench.errors import WorkbenchError
 from workbench.store import Store
 from workbench.study import Plan
@@ -50,7 +49,7 @@ def on_a_small_disk(folder: Path, megabytes: int, *command: str) -> "subprocess.
         pytest.skip(f"no small file system can be mounted here: {tried.stderr.strip()}")
     paths = [str(ROOT), str(Path(__file__).parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*alone, *command], check=False, capture_output=True, text=True, timeout=100, env=environment)
+    return subprocess.run([*alone, *command], check=False, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def _save_without_care(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -96,9 +95,6 @@ def main(folder: Path, small: Path, lefts: list[int], *, protected: bool) -> dic
     """Run the study once for each number of pages that are left, and once more with room; return what was seen."""
     disk.check_room = lambda *_, **__: None  # this disk is smaller than what is to stay free
     disk.RESERVE_BYTES = 0
-    runner.Mirror = lambda *_, **__: mock.MagicMock(
-        tracking_uri=NOWHERE, cpu_seconds=0.0
-    )  # which would try for seconds
     disk._PATIENCE_SECONDS = 0.2
     if not protected:
         checkpoint.save_checkpoint = _save_without_care

@@ -1,6 +1,7 @@
 """Faults of files: kills while they are written, power cuts, digits that became others. Without Ray."""
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 from faults import Fault, Seen, cases
-from toys import ToyTrainer, executed, run_toy, toy_plan
+from toys import CheckpointToy, Poison, ToyTrainer, executed, run_toy, toy_plan
 
+from core import checkpoint
 from workbench import durable
 from workbench.store import Store
 from workbench.trial import execute
@@ -113,6 +115,53 @@ def _verify_changed_digit(seen: Seen) -> None:
     assert seen["set aside"] == ["metrics.json.damaged", "plan.json.damaged", "result.json.damaged"]
 
 
+def _power_cut(place: Path, *, protected: bool) -> Seen:
+    """Each kind of file is empty in its turn; of checkpoints and events also the second half is zeros."""
+    plan, base = toy_plan(place, variants=("plain",)), Store(place / "base")
+    finished, failed = (base.trial_dir(trial.trial_id) for trial in plan.trials)
+    run_toy(plan, base, CheckpointToy(), inline=True)
+    weights = [_weights(base, trial_id) for trial_id in plan.specs]
+    shutil.rmtree(failed)
+    run_toy(plan, base, CheckpointToy(poisons=(Poison(kind="raise", step=10, seed=1),)), inline=True)
+    paths = [path for folder in (finished, failed, base.study_dir(plan)) for path in folder.rglob("*") if _counts(path)]
+    files = list({(base.study_dir(plan) in path.parents, path.name): path for path in paths}.values())  # one of a name
+    cuts = [(path, 0) for path in files]
+    cuts += [(path, path.stat().st_size // 2) for path in files if path.suffix in (".pt", ".jsonl")]
+    seen: Seen = {"cuts": len(cuts), "not mended": [], "other weights": [], "steps again": 0}
+    for path, kept in cuts:
+        store, name = Store(place / "cut"), path.relative_to(base.root)
+        shutil.copytree(base.root, store.root, dirs_exist_ok=True)
+        content = path.read_bytes()
+        (store.root / name).write_bytes(content[:kept].ljust(len(content) if kept else 0, b"\0"))
+        with pytest.MonkeyPatch.context() as patch:
+            if not protected:
+                patch.setattr(checkpoint, "is_intact", lambda path: path.exists())
+            code, _, _ = run_toy(plan, store, CheckpointToy(), inline=True)
+        if code != 0 or any(store.state(trial_id) != "finished" for trial_id in plan.specs):
+            seen["not mended"].append(f"{name.name}: {code}")
+        elif [_weights(store, trial_id) for trial_id in plan.specs] != weights:
+            seen["other weights"].append(name.name)
+        again = [len(executed(store.trial_dir(trial_id))) - 12 for trial_id in plan.specs]
+        seen["steps again"] = max(seen["steps again"], *again)
+        shutil.rmtree(store.root)
+    return seen
+
+
+def _weights(store: Store, trial_id: str) -> str:
+    return (store.result(trial_id) or {})["weights_hash"]
+
+
+def _counts(path: Path) -> bool:
+    """Tell whether a file is a record, and not what toys, reports and curves keep for people."""
+    return path.is_file() and path.name not in ("steps.log", "report.md", "study.yaml")
+
+
+def _verify_power_cut(seen: Seen) -> None:
+    assert seen["cuts"] > 25
+    assert (seen["not mended"], seen["other weights"]) == ([], [])
+    assert seen["steps again"] <= 2 + 4  # each of two failures costs a step, and a damaged checkpoint an interval
+
+
 test_fault, test_control = cases(
     Fault(
         number="F9",
@@ -127,5 +176,12 @@ test_fault, test_control = cases(
         expected="noticed by checksum, set aside, written anew; no step again",
         scenario=_changed_digit,
         verify=_verify_changed_digit,
+    ),
+    Fault(
+        number="F9c",
+        title="a power cut leaves one file empty or half of it zeros, each in turn",
+        expected="the same command finishes with the same weights, one interval again at most",
+        scenario=_power_cut,
+        verify=_verify_power_cut,
     ),
 )

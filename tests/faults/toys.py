@@ -278,16 +278,32 @@ def run_toy(
     shown: bool = False,
     **options: Any,
 ) -> tuple[int, str, str]:
-    """Run a plan in a slot, or inline, without MLflow; return exit code and what was printed.
+    """Run a plan in a slot, or inline, without MLflow unless told of one; return exit code and what was printed.
 
     A slot that does not come to an end within `patience` seconds is stopped. `shown` prints at once what stderr gets.
     """
     out, err = io.StringIO(), io.StringIO()
     chosen = Options(**{"executor": "inline", "trainer": trainer, "tracking_uri": NOWHERE, **options})
     run = execution.run_inline if inline else partial(_run_in_slot, patience=patience)
-    with mock.patch.object(runner, "run_inline", run):
+    mirror = runner.Mirror if "tracking_uri" in options else _NoMirror
+    with mock.patch.multiple(runner, run_inline=run, Mirror=mirror):
         code = run_study(plan, store, chosen, out=out, err=sys.stderr if shown else err)
     return code, out.getvalue(), err.getvalue()
+
+
+class _NoMirror:
+    """Copies nothing: to ask an MLflow that is away takes seconds."""
+
+    tracking_uri, cpu_seconds = NOWHERE, 0.0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def finish(self, **_: Any) -> None:
+        """Do nothing."""
 
 
 def _run_in_slot(job: Job, *, patience: float) -> None:

@@ -91,7 +91,17 @@ def test_low_space_is_told_once(tmp_path, monkeypatch):
     assert "1.0 kB are free, less than the 256 MB that are to stay free: stopping" in told[0]
 
 
-def test_what_cannot_be_looked_after_stops_the_run_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "trials/theirs"),
+            "trials/theirs: permission denied: stopping. Mend that, then give the same command again.",
+        ),
+        (StoreError("result.json: cannot be read"), "Stopping, since result.json: cannot be read"),
+    ],
+)
+def test_what_cannot_be_looked_after_stops_the_run_too(tmp_path, monkeypatch, refused, said):
     """When room cannot be made, as in somebody else's folder, that is told and the watch goes on."""
     monkeypatch.setattr(disk, "WATCH_SECONDS", 0.01)
     told, rounds, enough = [], [], threading.Event()
@@ -100,11 +110,11 @@ def test_what_cannot_be_looked_after_stops_the_run_too(tmp_path, monkeypatch):
         rounds.append(1)
         if len(rounds) == 3:
             enough.set()
-        raise PermissionError(errno.EACCES, "Permission denied", "runs/trials/theirs")
+        raise refused
 
     with disk.watched(tmp_path, on_low=told.append, also=also):
         assert enough.wait(timeout=10)
-    assert told == ["runs/trials/theirs: permission denied: stopping. Mend that, then give the same command again."]
+    assert told == [said]
 
 
 def test_a_stop_is_asked_for_though_nothing_can_be_written(tmp_path):
