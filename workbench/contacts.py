@@ -5,14 +5,12 @@ proves who the user is goes there only when the user has named the same address.
 """
 
 import os
-from urllib.parse import urlsplit
 
 from workbench import tracking
 from workbench.errors import WorkbenchError
 from workbench.study import Study
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
-_NEED = "a file may name an MLflow server alone, as http://HOST:PORT"
 
 
 def server(address: str) -> str:
@@ -21,15 +19,10 @@ def server(address: str) -> str:
     Raises:
         ValueError: it is none, or holds what does not belong into a file; the address is not repeated in the message.
     """
-    try:
-        parts = urlsplit(address)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise ValueError(f"is no address; {_NEED}") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise ValueError(f"found one of kind {parts.scheme[:20]!r}; {_NEED}; others are for --tracking-uri")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(f"holds a user, a password or a query; {_NEED}, and set {tracking.USER} and so on")
+    if not tracking.is_remote(address):
+        raise ValueError("names no server; a file may name an MLflow server alone, as http://HOST:PORT")
+    if problem := tracking.problem_with(address):
+        raise ValueError(problem)
     return address
 
 

@@ -22,11 +22,11 @@ def problem_with(uri: str) -> str | None:
     """Return what is wrong with an address that may be stored, without the secret in it; None where nothing is."""
     try:
         parts = urlsplit(uri)
-        user, password = parts.username, parts.password
+        user, password, _ = parts.username, parts.password, parts.port
     except ValueError:
         return "is no address; write http://HOST:PORT, or sqlite:////FOLDER/mlflow.db"
     if is_remote(uri):
-        if user is not None or password is not None or parts.query:
+        if user is not None or password is not None or parts.query or parts.fragment:
             return (
                 "holds a user, a password or a query, and addresses are stored and shown; "
                 f"write http://HOST:PORT and set {USER} and {PASSWORD}, or {TOKEN}"

@@ -45,7 +45,7 @@ def test_a_server_with_a_door_takes_and_gives_and_nothing_of_the_key_is_kept(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     name = f"door-{len(given)}"
-    plan = replace(toy_plan, study=replace(toy_plan.study, name=name, tracking_uri=door.uri))
+    plan = replace(toy_plan, study=replace(toy_plan.study, name=name))
     out, err = io.StringIO(), io.StringIO()
     options = Options(executor="inline", trainer=toy_trainer(), tracking_uri=door.uri)
     assert run_study(plan, store, options, out=out, err=err) == 0
@@ -84,7 +84,7 @@ def test_a_closed_door_is_told_without_the_key(door, store, toy_plan, toy_traine
 def test_a_fetched_study_is_known_to_every_command(door, store, toy_plan, toy_trainer, tmp_path, monkeypatch):
     """From another folder, with the command line: fetch, and status shows the study with its verdicts."""
     monkeypatch.setenv(TOKEN, TICKET)
-    plan = replace(toy_plan, study=replace(toy_plan.study, name="commanded", tracking_uri=door.uri))
+    plan = replace(toy_plan, study=replace(toy_plan.study, name="commanded"))
     options = Options(executor="inline", trainer=toy_trainer(), tracking_uri=door.uri)
     assert run_study(plan, store, options, out=io.StringIO(), err=io.StringIO()) == 0
     assert sync(store, tracking_uri=door.uri, err=io.StringIO()) == 0  # of a run on a busy machine some may be left

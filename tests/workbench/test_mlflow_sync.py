@@ -2,12 +2,11 @@
 
 import io
 import shutil
-import sqlite3
 import time
 from dataclasses import replace
 
 import pytest
-from mirroring import all_runs, api_of, curve, everything, run, runs_of, sender_of
+from mirroring import all_runs, api_of, curve, everything, purge, run, runs_of, sender_of
 
 from workbench import durable
 from workbench.mlflow_mirror import default_uri, sync
@@ -102,9 +101,7 @@ def test_what_was_deleted_in_mlflow_comes_back(store, toy_plan, toy_trainer, cli
         client.delete_run(child.info.run_id)
         client.delete_run(parent.info.run_id)
     else:
-        with sqlite3.connect(store.mlflow_database) as database:
-            for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
-                database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (child.info.run_id,))
+        purge(store, child)
     assert sync(store, err=io.StringIO()) == 0
     assert everything(store) == before
     children = all_runs(client, "trial")
@@ -112,6 +109,27 @@ def test_what_was_deleted_in_mlflow_comes_back(store, toy_plan, toy_trainer, cli
     assert [len(curve(client, item, "loss/total")) for item in children] == [6] * 4
     assert {item.info.status for item in (*children, *all_runs(client, "plan"))} == {"FINISHED"}
     assert len(all_runs(client, "plan")) == 1
+
+
+def test_a_run_that_is_purged_while_its_trial_trains_is_made_anew(store, toy_plan, toy_trainer, client, ref):
+    """The driver that found it goes on: all points go to one new run."""
+    spec = next(iter(toy_plan.specs.values()))
+    sender, api = sender_of(store, ref, toy_plan), api_of(client, store)
+
+    def look(step):
+        if step == 3:
+            sender_of(store, ref, toy_plan).send(api, last=False)
+        if step in (4, 6):
+            sender.send(api, last=False)
+        if step == 5:
+            purge(store, runs_of(client, "trial")[spec.trial_id])
+
+    run(spec, store, toy_trainer(before_step=look))
+    sender.send(api, last=True)
+    (child,) = all_runs(client, "trial")
+    assert child.info.status == "FINISHED"
+    assert child.data.params["training.epochs"] == "1"
+    assert [len(curve(client, child, name)) for name in ("loss/total", "final_averaged/ap")] == [6, 1]
 
 
 def test_a_database_that_was_removed_is_filled_again(store, toy_plan, toy_trainer, client, ref, empty_database):

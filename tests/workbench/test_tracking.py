@@ -25,6 +25,8 @@ SECRET = "s3cret-word"
         f"postgresql+psycopg2://host/db?password={SECRET}",
         f"mysql://host/db?ssl_key={SECRET}",
         f"http://[{SECRET}",
+        f"http://host:{SECRET}",
+        f"https://host/#{SECRET}",
         "https://",
     ],
 )

@@ -1,7 +1,7 @@
 """What of a study MLflow has not got, sent: an experiment, a parent run for the plan, a child run for each trial."""
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.parts import flatten, scientific
 from workbench import record_files
@@ -27,10 +27,8 @@ from workbench.records import StudyRef, StudyResults, TrialRecord
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-
 _OVER = ("finished", "diverged", "failed", "interrupted")
+_IDENTITY = ("trial_id", "variant", "began_at", "mlflow.parentRunId")  # of a trial's run, by its tags
 _PARENT, _LAST_RUN = "parent", "last_run"  # beside the trials' keys in `State.reached`
 
 
@@ -42,9 +40,10 @@ class Sender:
         self._keys = keys(plan)
         self._feeds: dict[str, Feed] = {}
         self._running: dict[str, int] = {}  # key -> the attempt that MLflow knows to be running
-        self._listed: dict[str, list[Run]] | None = None  # the runs that MLflow had, by trial id; None: not asked
         self._without_files: Exception | None = None  # why none can be kept in this round
-        self._began: dict[str, str] = {}  # run -> when its trial began, as far as known
+        self._runs: dict[str, dict[str, str]] | None = (
+            None  # of trials, as MLflow has them: id -> tags; None: not asked
+        )
 
     def up_to_date(self) -> bool:
         """Tell whether all but the cost of the last run has been sent; whether MLflow still has it is not asked."""
@@ -69,7 +68,7 @@ class Sender:
                 if self._state.reached.get(self._key(trial)) == reached(record):
                     continue
                 try:
-                    self._send_trial(api, parent, trial, record)
+                    self._send_trial(api, trial, record)
                 except Exception as error:
                     if not answered(error):
                         raise
@@ -98,17 +97,17 @@ class Sender:
 
     # Trials
 
-    def _send_trial(self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
+    def _send_trial(self, api: Api, trial: PlannedTrial, record: TrialRecord) -> None:
         key = self._key(trial)
         try:
-            self._log_trial(api, parent, trial, record)
+            self._log_trial(api, trial, record)
         except Exception as error:
             if not answered(error) or key not in self._state.runs:
                 raise
             if not api.revive(self._state.runs[key]):
                 self._forget(key)
             self._running.pop(key, None)
-            self._log_trial(api, parent, trial, record)
+            self._log_trial(api, trial, record)
         if record.state in _OVER:
             run = self._state.runs[key]
             api.set_over(run, STATUS[record.state], end_time=ended_at(record) or self._last_time(trial))
@@ -117,10 +116,11 @@ class Sender:
                 self._state.reached[key] = reached(record)
                 del self._feeds[key]
 
-    def _log_trial(self, api: Api, parent: str, trial: PlannedTrial, record: TrialRecord) -> None:
-        """Send the points that are new, and what is to be told of the trial where its state is."""
+    def _log_trial(self, api: Api, trial: PlannedTrial, record: TrialRecord) -> None:
+        """Send the points that are new, and where its state is, what is to be told of the trial."""
         key, began_at = self._key(trial), self._first_time(trial)
         over, known = record.state in _OVER, self._running.get(key) == record.attempts
+        parent = self._parent_run(api)
         self._forget_another(key, began_at)
         feed = self._feeds.setdefault(key, Feed(self._store, trial.trial_id))
         points, marks = feed.points(self._state.watermarks.get(key, [0, 0]))
@@ -209,7 +209,7 @@ class Sender:
 
     def _parent_run(self, api: Api) -> str:
         state = self._state
-        if self._listed is None:
+        if self._runs is None:
             self._look(api)
         assert state.parent_run_id is not None  # it has been found or made
         return state.parent_run_id
@@ -220,29 +220,36 @@ class Sender:
         experiment = api.experiment(f"{self._ref.study}/{self._ref.profile}")
         if state.parent_run_id is None or experiment != state.experiment_id or not api.revive(state.parent_run_id):
             state.forget_all()  # as where another database answers than did before
+            self._feeds.clear()
             registered = {"registered_at": self._ref.registered_at}
             wanted = {name: tags[name] for name in ("plan_hash", "kind")}
-            run = _same(api.runs(experiment, wanted), registered)
-            run = run or api.create_run(experiment, f"plan {self._plan.plan_hash}", tags | registered)
+            runs = {run.info.run_id: run.data.tags for run in api.runs(experiment, wanted)}
+            run = _same(runs, registered) or api.create_run(
+                experiment, f"plan {self._plan.plan_hash}", tags | registered
+            )
             api.log(run, params=study_params(self._plan), tags=registered)
             state.experiment_id, state.parent_run_id, state.changed = experiment, run, True
-        listed: dict[str, list[Run]] = {}
-        for run in api.runs(experiment, {"plan_hash": self._plan.plan_hash, "kind": "trial"}):
-            listed.setdefault(run.data.tags.get("trial_id", ""), []).append(run)
-        self._began = {run.info.run_id: run.data.tags.get("began_at", "") for runs in listed.values() for run in runs}
+        listed = api.runs(experiment, {"plan_hash": self._plan.plan_hash, "kind": "trial"})
+        self._runs = {
+            run.info.run_id: {name: run.data.tags.get(name, "") for name in _IDENTITY}
+            for run in listed
+            if "trial_id" in run.data.tags
+        }
         for key, run in [*state.runs.items()]:
-            if run not in self._began and not api.revive(run):
+            if run not in self._runs and not api.revive(run):
                 self._forget(key)
-        self._listed = listed
 
     def _forget(self, key: str) -> None:
-        """Begin anew with one trial: all of it goes to a new run."""
+        """Begin anew with one trial: all of it goes to another run."""
+        if self._runs is not None:
+            self._runs.pop(self._state.runs.get(key, ""), None)
         self._state.forget(key)
         self._feeds.pop(key, None)
 
     def _forget_another(self, key: str, began_at: str) -> None:
         """Begin anew with a trial that is not the one sent: its folder was removed, and it began again."""
-        if began_at and self._began.get(self._state.runs.get(key, ""), began_at) not in ("", began_at):
+        sent = (self._runs or {}).get(self._state.runs.get(key, ""), {}).get("began_at")
+        if began_at and sent and sent != began_at:
             self._forget(key)
 
     def _trial_run(self, api: Api, parent: str, trial: PlannedTrial, began_at: str) -> str:
@@ -250,26 +257,27 @@ class Sender:
         key, state = self._key(trial), self._state
         if key not in state.runs:
             assert state.experiment_id is not None  # it is known since the parent's run is
-            assert self._listed is not None  # as above
-            told = {"variant": trial.variant, "began_at": began_at, "mlflow.parentRunId": parent}
-            found = _same(self._listed.get(trial.trial_id, []), told)
+            assert self._runs is not None
+            values = (trial.trial_id, trial.variant, began_at, parent)
+            identity: dict[str, str] = dict(zip(_IDENTITY, values, strict=True))
+            found = _same(self._runs, identity)
             if found is None:
-                listed, self._listed = self._listed, None  # looked at again, should the answer be lost
+                runs, self._runs = self._runs, None  # looked at again, should the answer be lost
                 found = api.create_run(
                     state.experiment_id,
                     f"{trial.variant} seed {trial.seed}",
-                    {**study_tags(self._plan), "kind": "trial", "trial_id": trial.trial_id, **told},
+                    {**study_tags(self._plan), "kind": "trial", **identity},
                     start_time=milliseconds(began_at) if began_at else None,
                 )
-                self._listed = listed
+                self._runs = runs
             state.runs[key], state.changed = found, True
-            self._began[found] = began_at
+            self._runs[found] = identity
         return state.runs[key]
 
 
-def _same(runs: "list[Run]", tags: dict[str, str]) -> str | None:
+def _same(runs: dict[str, dict[str, str]], tags: dict[str, str]) -> str | None:
     """Return the first run that has these tags; one that a run has not, or has empty, does not count."""
-    for run in runs:
-        if all(run.data.tags.get(name) in (None, "", value) for name, value in tags.items()):
-            return run.info.run_id
+    for run, known in runs.items():
+        if all(known.get(name) in (None, "", value) for name, value in tags.items()):
+            return run
     return None
