@@ -105,38 +105,52 @@ class ToyTrainer:
     seconds: float = 0.0
     poisons: tuple[Poison, ...] = ()
     forgetful: bool = False  # of the weights of a checkpoint, for controls
+    victim: int = 0  # of processes that train together, the one that poisons strike
 
     def open_data(self, _config: Any, **_: Any) -> Any:
         """Return what looks like pictures."""
         return SimpleNamespace(report={"train.boxes": 3})
 
     def train(
-        self, _config: Any, *, seed: int, checkpoints: Path, on_event: Any, should_stop: Any, **_: Any
+        self,
+        _config: Any,
+        *,
+        seed: int,
+        checkpoints: Path,
+        on_event: Any,
+        should_stop: Any,
+        world: Any = None,
+        **_: Any,
     ) -> SimpleNamespace:
-        """Hash from the checkpoint to the end."""
+        """Hash from the checkpoint to the end. Processes that do so together meet at each step; the first one tells."""
+        rank = world.rank if world else 0
+        meet = world.gather if world else lambda value: [value]
+        tell = on_event if rank == 0 else lambda _: None
+        save = _write if rank == 0 else lambda *_: None
         checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint = checkpoints / "toy.json"
         state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "weights": f"{seed}"}
         if self.forgetful:
             state["weights"] = f"{seed}"
-        on_event(_started(state["step"], self.steps, self.every))
-        with (checkpoints.parent / "steps.log").open("a") as log:
+        meet(None)  # all have read it
+        tell(_started(state["step"], self.steps, self.every))
+        with (checkpoints.parent / ("steps.log" if rank == 0 else f"steps.{rank}.log")).open("a") as log:
             while state["step"] < self.steps:
                 step = state["step"] + 1
-                if self._struck(step, seed):
-                    on_event(Diverged(step=step, reason="the loss is nan"))
+                if rank == self.victim and self._struck(step, seed):
+                    tell(Diverged(step=step, reason="the loss is nan"))
                     return _result("diverged", state, checkpoint)
                 time.sleep(self.seconds)
                 log.write(f"{step} {os.getpid()}\n")
                 log.flush()
                 state = {"step": step, "weights": hashlib.sha256(f"{state['weights']} {step}".encode()).hexdigest()}
-                on_event(_steps(step, self.every))
+                tell(_steps(step, self.every))
                 if step % self.every == 0:
-                    on_event(_epoch(step, self.every))
-                    _write(checkpoint, state)
-                    on_event(CheckpointSaved(step=step, path=checkpoint.name))
-                if should_stop() and step < self.steps:
-                    _write(checkpoint, state)
+                    tell(_epoch(step, self.every))
+                    save(checkpoint, state)
+                    tell(CheckpointSaved(step=step, path=checkpoint.name))
+                if any(meet(should_stop())) and step < self.steps:
+                    save(checkpoint, state)
                     return _result("interrupted", state, checkpoint)
         return _result("finished", state, checkpoint)
 
