@@ -4,6 +4,7 @@ Ray would wait for ever for what no machine has, so this is asked before anythin
 machines are numbers of cores and GPUs, of this one or of a cluster's nodes.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +123,8 @@ def at_once(demand: Demand, machines: Sequence[Machine]) -> int:
     rooms = [_room(demand, machine) for machine in machines]
     if demand.nodes == 1:
         return sum(rooms)
-    # As many as find a machine for each of their nodes.
-    return max((n for n in range(1, sum(rooms) + 1) if sum(min(r, n) for r in rooms) >= n * demand.nodes), default=0)
+    # As many as find a machine for each of their nodes: one more than fits is the first that does not.
+    return bisect_left(range(1, sum(rooms) + 1), 1, key=lambda n: sum(min(r, n) for r in rooms) < n * demand.nodes)
 
 
 def listed(machines: Sequence[Machine]) -> str:

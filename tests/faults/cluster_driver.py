@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gate import Gate
-from toys import ToyTrainer, toy_plan
+from toys import Poison, ToyTrainer, toy_plan
 
 from workbench.errors import WorkbenchError
 from workbench.placement import Demand
@@ -17,9 +17,11 @@ from workbench.store import Store
 from workbench.study import Plan
 
 
-def plan_of(place: Path, *, threads: int = 1, gpus: float = 1.0, seeds: int = 2) -> Plan:
+def plan_of(
+    place: Path, *, threads: int = 1, gpus: float = 1.0, nodes: int = 1, seeds: int = 2, variants: str = "all"
+) -> Plan:
     """Return the plan that a driver in `place` runs."""
-    plan = toy_plan(place, seeds=seeds)
+    plan = toy_plan(place, seeds=seeds, variants=(variants,))
     training = {"threads": threads}
     specs = {
         trial_id: replace(
@@ -28,7 +30,7 @@ def plan_of(place: Path, *, threads: int = 1, gpus: float = 1.0, seeds: int = 2)
         )
         for trial_id, spec in plan.specs.items()
     }
-    study = replace(plan.study, execution=replace(plan.study.execution, gpus=gpus))
+    study = replace(plan.study, execution=replace(plan.study.execution, gpus=gpus, nodes=nodes))
     return replace(plan, specs=specs, study=study)
 
 
@@ -54,11 +56,18 @@ def main(told: dict[str, Any]) -> int:
     for protection in told["off"]:
         switch_off(protection)
     place = Path(told["place"])
-    gate: Any = Gate(step=told["gate"], file=place / "gate")
+    gate: Any = Gate(step=told.get("gate", 0), file=place / "gate")
+    poisons = [Poison(**poison, marker=place / f"struck-{poison['kind']}") for poison in told.get("poisons", ())]
     options = Options(
         address=told["address"],
         executor=told["executor"],
-        trainer=ToyTrainer(steps=told["steps"], every=told["every"], poisons=(gate,)),
+        trainer=ToyTrainer(
+            steps=told["steps"],
+            every=told["every"],
+            seconds=told.get("seconds", 0.0),
+            poisons=(*poisons, gate),
+            victim=told.get("victim", 0),
+        ),
         tracking_uri="http://127.0.0.1:9",
     )
     try:

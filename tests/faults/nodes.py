@@ -33,9 +33,9 @@ class Nodes:
         )
         self.address = self._ask("start", cores=cores)
 
-    def add(self, *, cores: int, path: Path | None = None) -> int:
-        """Add a node, whose Python looks into `path` first; return its number."""
-        return self._ask("add", cores=cores, path=str(path or ""))
+    def add(self, *, cores: int, gpus: int = 0, path: Path | None = None) -> int:
+        """Add a node, whose Python looks into `path` first; return its number. GPUs are only said to be there."""
+        return self._ask("add", cores=cores, gpus=gpus, path=str(path or ""))
 
     def kill(self, number: int) -> None:
         """Kill a node and all that it runs, without a word to anybody."""
@@ -87,11 +87,12 @@ def serve(folder: str) -> None:
     os.dup2(2, 1)  # what Ray prints goes to the log
     cluster, nodes = Cluster(), []
 
-    def add(cores: int, path: str = "") -> None:
+    def add(cores: int, gpus: int = 0, path: str = "") -> None:
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ["PYTHONPATH"]]))}
         nodes.append(
             cluster.add_node(
                 num_cpus=cores,
+                num_gpus=gpus,
                 include_dashboard=False,
                 env_vars=environment,
                 object_store_memory=80 * 1024**2,

@@ -4,11 +4,7 @@ A cluster takes long to start, so one serves all of them, in three acts. Each ac
 their protection side by side, once; the tests look at what came of it. Pictures are hashes: only Ray is the subject.
 """
 
-import json
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,19 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from cluster_driver import plan_of
+from cluster_drives import Drive, wait_for
 from faults import Fault, Seen, cases
-from nodes import HERE, Nodes, environment
+from nodes import Nodes
 from toys import executed
 
 from workbench import attempts
-from workbench.durable import EventReader
-from workbench.store import Store
 from workbench.trial import complete
 
 STEPS, EVERY, GATE = 20, 4, 11  # of a trial, between its checkpoints, and where it waits for what is to happen
-PATIENCE = 90.0
-_drives: list["subprocess.Popen[str]"] = []
+_drives: list[Drive] = []
 _stage: list[Any] = []  # the folder of all that is played, and the cluster once it is there
 
 
@@ -38,10 +31,8 @@ def stage() -> Iterator[None]:
     with TemporaryDirectory() as folder:
         _stage.append(Path(folder))
         yield
-        for process in _drives:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+        for drive in _drives:
+            drive.end()
         _drives.clear()
         for found in _stage[1:]:
             found.close()
@@ -57,71 +48,21 @@ def nodes() -> Nodes:
     return _stage[1]
 
 
-class Drive:
-    """A driver of the toy study, in a process and a folder of its own."""
-
-    def __init__(self, name: str, *, off: tuple[str, ...] = (), executor: str = "ray", **plan: Any) -> None:
-        self.place = _stage[0] / name
-        self.place.mkdir(exist_ok=True)
-        self.plan = plan_of(self.place, **plan)
-        self.store = Store(self.place / "runs")
-        told = {
-            "place": str(self.place),
-            "address": nodes().address,
-            "executor": executor,
-            "off": off,
-            "steps": STEPS,
-            "every": EVERY,
-            "gate": GATE,
-            "plan": plan,
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "cluster_driver.py"), json.dumps(told)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        _drives.append(self._process)
-
-    def wait(self, seconds: float = PATIENCE) -> Seen:
-        """Return how it ended; a driver that does not end in time is killed, and its exit code is None."""
-        try:
-            _, err = self._process.communicate(timeout=seconds)
-            code = self._process.returncode
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            _, err = self._process.communicate()
-            code = None
-        states = [self.store.state(trial_id) for trial_id in self.plan.specs]
-        return {"exit": code, "states": states, "told": err}
-
-    def folders(self) -> list[Path]:
-        """Return the folders of its trials."""
-        return [self.store.trial_dir(trial_id) for trial_id in self.plan.specs]
-
-    def open_gate(self) -> None:
-        """Let its trials go on."""
-        (self.place / "gate").touch()
-
-    def at_gate(self) -> list[attempts.Attempt]:
-        """Return the attempts that wait, between two checkpoints."""
-        tried = [attempts.read(folder) for folder in self.folders()]
-        return [
-            some[-1]
-            for some, folder in zip(tried, self.folders(), strict=True)
-            if some and some[-1].running(folder) and len(executed(folder)) == GATE - 1
-        ]
+def start(name: str, *, off: tuple[str, ...] = (), executor: str = "ray", **plan: Any) -> Drive:
+    """Start a driver of the toy study in a folder of its own."""
+    told = {"off": off, "executor": executor, "steps": STEPS, "every": EVERY, "gate": GATE}
+    _drives.append(Drive(_stage[0] / name, nodes().address, plan=plan, **told))
+    return _drives[-1]
 
 
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """Return what `condition` returns once it is true."""
-    give_up = time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing happened in {PATIENCE:.0f} s")
+def at_gate(drive: Drive) -> list[attempts.Attempt]:
+    """Return the attempts of a driver's trials that wait, between two checkpoints."""
+    tried = [attempts.read(folder) for folder in drive.folders()]
+    return [
+        some[-1]
+        for some, folder in zip(tried, drive.folders(), strict=True)
+        if some and some[-1].running(folder) and len(executed(folder)) == GATE - 1
+    ]
 
 
 # Act 1: what is refused before it starts
@@ -135,10 +76,10 @@ def refused() -> dict[str, dict[bool, Seen]]:
     (broken / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
     node = nodes().add(cores=2, path=broken)
     unchecked = ("node checks", "resource checks")
-    endless = {"F26": Drive("gpus_off", off=unchecked, gpus=2), "F26b": Drive("threads_off", off=unchecked, threads=4)}
-    refusing = {"F26": Drive("gpus_on", gpus=2), "F26b": Drive("threads_on", threads=4), "F27": Drive("import_on")}
+    endless = {"F26": start("gpus_off", off=unchecked, gpus=2), "F26b": start("threads_off", off=unchecked, threads=4)}
+    refusing = {"F26": start("gpus_on", gpus=2), "F26b": start("threads_on", threads=4), "F27": start("import_on")}
     found = {number: {True: drive.wait()} for number, drive in refusing.items()}
-    only_there = Drive("import_off", off=("node checks",), threads=2, seeds=1)  # no other node has two cores
+    only_there = start("import_off", off=("node checks",), threads=2, seeds=1)  # no other node has two cores
     found["F27"][False] = only_there.wait(20.0)  # it fails, or waits for a first trial that never takes a step
     for number, drive in endless.items():
         found[number][False] = drive.wait(1.0)
@@ -168,12 +109,12 @@ def node_killed() -> dict[bool, Seen]:
     """Play two studies on three nodes, one of which dies under a trial of each."""
     victim = nodes().add(cores=6)
     # Only the victim has two cores: both trials without retries are there, and two of the four with them.
-    without = Drive("node_off", off=("node checks", "retries"), threads=2, seeds=1)
+    without = start("node_off", off=("node checks", "retries"), threads=2, seeds=1)
     wait_for(lambda: list(without.place.glob("runs/studies/*/*/*/ray/*-*/")))  # Tune has begun: it gets its place first
-    with_retries = Drive("node_on", off=("node checks",))
-    wait_for(lambda: (len(with_retries.at_gate()), len(without.at_gate())) == (4, 2))
+    with_retries = start("node_on", off=("node checks",))
+    wait_for(lambda: (len(at_gate(with_retries)), len(at_gate(without))) == (4, 2))
     nodes().kill(victim)
-    wait_for(lambda: len(with_retries.at_gate()) == 2 and not without.at_gate())
+    wait_for(lambda: len(at_gate(with_retries)) == 2 and not at_gate(without))
     for drive in (without, with_retries):
         drive.open_gate()
     found: dict[bool, Seen] = {}
@@ -185,17 +126,9 @@ def node_killed() -> dict[bool, Seen]:
             "attempts": sorted(len(attempts.read(folder)) for folder in drive.folders()),
             "complete": [complete(drive.store.record(spec.trial_id), spec) for spec in drive.plan.specs.values()],
             "steps again": [len(executed(folder)) - STEPS for folder in drive.folders()],
-            "steps on record": [_steps_on_record(folder) for folder in drive.folders()],
+            "steps on record": drive.steps_on_record(),
         }
     return found
-
-
-def _steps_on_record(folder: Path) -> bool:
-    """Tell whether each step is on record once, in order."""
-    reader = EventReader(folder / "events.jsonl")
-    reader.poll()
-    steps = [item.event.step for item in reader.events if type(item.event).__name__ == "StepsTaken"]
-    return steps == list(range(1, STEPS + 1))
 
 
 def _node_killed(_place: Path, *, protected: bool) -> Seen:
@@ -207,7 +140,7 @@ def _verify_node_killed(seen: Seen) -> None:
     assert set(seen["states"]) == {"finished"}
     assert seen["attempts"] == [1, 1, 2, 2]
     assert all(seen["complete"])
-    assert all(seen["steps on record"])
+    assert all(steps == list(range(1, STEPS + 1)) for steps in seen["steps on record"])
     assert all(0 <= again <= EVERY for again in seen["steps again"])
 
 
@@ -217,11 +150,11 @@ def _verify_node_killed(seen: Seen) -> None:
 @cache
 def head_killed() -> Seen:
     """Play a study whose cluster loses its head; return how its driver ended."""
-    drive = Drive("head", off=("node checks",), seeds=1)
-    wait_for(lambda: len(drive.at_gate()) == 2)
+    drive = start("head", off=("node checks",), seeds=1)
+    wait_for(lambda: len(at_gate(drive)) == 2)
     nodes().kill_gcs()
     seen = drive.wait()
-    wait_for(lambda: not drive.at_gate())  # no trial trains on, unseen
+    wait_for(lambda: not at_gate(drive))  # no trial trains on, unseen
     drive.open_gate()
     return {"died": seen["exit"] != 0, "states": seen["states"], "place": drive.place}
 
@@ -234,21 +167,21 @@ def _head_killed(place: Path, *, protected: bool) -> Seen:
     if not protected:
         for checkpoint in (_stage[0] / name).glob("runs/trials/*/checkpoints/*"):
             checkpoint.unlink()
-    drive = Drive(name, executor="inline", seeds=1)
+    drive = start(name, executor="inline", seeds=1)
     seen = drive.wait()
     return {
         "died": before["died"],
         "exit": seen["exit"],
         "states": seen["states"],
         "steps again": [len(executed(folder)) - STEPS for folder in drive.folders()],
-        "steps on record": [_steps_on_record(folder) for folder in drive.folders()],
+        "steps on record": drive.steps_on_record(),
     }
 
 
 def _verify_head_killed(seen: Seen) -> None:
     assert seen["died"]
     assert (seen["exit"], set(seen["states"])) == (0, {"finished"})
-    assert all(seen["steps on record"])
+    assert all(steps == list(range(1, STEPS + 1)) for steps in seen["steps on record"])
     assert all(0 <= again <= EVERY for again in seen["steps again"])
 
 

@@ -106,40 +106,54 @@ class ToyTrainer:
     seconds: float = 0.0
     poisons: tuple[Poison, ...] = ()
     forgetful: bool = False  # of the weights of a checkpoint, for controls
+    victim: int = 0  # of processes that train together, the one that poisons strike
 
     def open_data(self, _config: Any, **_: Any) -> Any:
         """Return what looks like pictures."""
         return SimpleNamespace(report={"train.boxes": 3})
 
     def train(
-        self, _config: Any, *, seed: int, checkpoints: Path, on_event: Any, should_stop: Any, **_: Any
+        self,
+        _config: Any,
+        *,
+        seed: int,
+        checkpoints: Path,
+        on_event: Any,
+        should_stop: Any,
+        world: Any = None,
+        **_: Any,
     ) -> SimpleNamespace:
-        """Hash from the checkpoint to the end."""
+        """Hash from the checkpoint to the end. Processes that do so together meet at each step; the first one tells."""
+        rank = world.rank if world else 0
+        meet = world.gather if world else lambda value: [value]
+        tell = on_event if rank == 0 else lambda _: None
+        save = self._save if rank == 0 else lambda folder, _: folder / "toy.json"
         checkpoints.mkdir(parents=True, exist_ok=True)
         passed: list[PassedOver] = []
         state, checkpoint = self._load(checkpoints, passed.append) or ({"step": 0, "weights": f"{seed}"}, None)
         if self.forgetful:
             state["weights"] = f"{seed}"
-        on_event(started(state["step"], self.steps, self.every))
+        meet(None)  # all have read it
+        tell(started(state["step"], self.steps, self.every))
         for one in passed:
-            on_event(CheckpointPassedOver(step=state["step"], path=one.name, reason=one.reason))
-        with (checkpoints.parent / "steps.log").open("a") as log:
+            tell(CheckpointPassedOver(step=state["step"], path=one.name, reason=one.reason))
+        with (checkpoints.parent / ("steps.log" if rank == 0 else f"steps.{rank}.log")).open("a") as log:
             while state["step"] < self.steps:
                 step = state["step"] + 1
-                if self._struck(step, seed):
-                    on_event(Diverged(step=step, reason="the loss is nan"))
+                if rank == self.victim and self._struck(step, seed):
+                    tell(Diverged(step=step, reason="the loss is nan"))
                     return result("diverged", state["step"], state["weights"], checkpoint)
                 time.sleep(self.seconds)
                 log.write(f"{step} {os.getpid()}\n")
                 log.flush()
                 state = {"step": step, "weights": hashlib.sha256(f"{state['weights']} {step}".encode()).hexdigest()}
-                on_event(stepped(step, self.every))
+                tell(stepped(step, self.every))
                 if step % self.every == 0:
-                    on_event(epoch(step, self.every))
-                    checkpoint = self._save(checkpoints, state)
-                    on_event(CheckpointSaved(step=step, path=checkpoint.name))
-                if should_stop() and step < self.steps:
-                    return result("interrupted", state["step"], state["weights"], self._save(checkpoints, state))
+                    tell(epoch(step, self.every))
+                    checkpoint = save(checkpoints, state)
+                    tell(CheckpointSaved(step=step, path=checkpoint.name))
+                if any(meet(should_stop())) and step < self.steps:
+                    return result("interrupted", state["step"], state["weights"], save(checkpoints, state))
         return result("finished", state["step"], state["weights"], checkpoint)
 
     def evaluate(self, _config: Any, _evaluation: Any, *, checkpoint: Path, **_: Any) -> SimpleNamespace:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import NodeDiedError, WorkerCrashedError
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from core.config import EvaluationConfig, ExperimentConfig
@@ -37,8 +39,16 @@ _PULSE_SECONDS = 5.0
 _TELLING_SECONDS = 10.0
 
 
+_GONE = (WorkerCrashedError, NodeDiedError)
+
+
 def _nothing() -> None:
     """What nobody asks to be told."""
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what of an error's text is not Ray's advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def trainer_for(demand: Demand, job: Job) -> Trainer | None:
@@ -57,6 +67,8 @@ class AcrossNodes(Together):
     def __init__(self, demand: Demand, *, storage: Path, trainer: Trainer | None) -> None:
         super().__init__(demand, trainer=trainer)
         self._storage = storage
+        self._bundle = {"CPU": demand.threads} | ({"GPU": demand.gpus} if demand.gpus else {})  # of each process
+        self._strategy = "PACK" if demand.processes > 1 else "STRICT_SPREAD"
 
     def evaluate(self, config: ExperimentConfig, evaluation: EvaluationConfig, **rest: Any) -> "Evaluation":
         """Score in a worker that has what a process of the trial has; the others have left."""
@@ -69,11 +81,16 @@ class AcrossNodes(Together):
         reply = score.remote(self._alone, config, evaluation, places, checkpoint=rest["checkpoint"])
         while not ray.wait([reply], timeout=_PULSE_SECONDS)[0]:
             rest.get("on_batch", _nothing)()  # the work goes on, or else Ray would tell
-        return ray.get(reply)
+        try:
+            return ray.get(reply)
+        except _GONE as error:
+            raise WorkerLost(f"the process that scored died: {_first_line(error)}") from error
 
     def _carry_out(
         self, order: Order, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
     ) -> "TrainResult":
+        if not self._find_room(should_stop):
+            return _interrupted()
         post: Any = ray.remote(num_cpus=0)(_Post).remote()
         carrier = _Carrier(post, on_event, should_stop)
         carrier.start()
@@ -88,6 +105,17 @@ class AcrossNodes(Together):
             raise WorkerLost("the workers ended without a result")
         return carrier.result
 
+    def _find_room(self, should_stop: Callable[[], bool]) -> bool:
+        """Wait until there is room for all processes; return whether there was before a stop. Train hears of none."""
+        room = placement_group([self._bundle] * self._demand.world_size, strategy=self._strategy)
+        try:
+            while not room.wait(_PULSE_SECONDS):
+                if should_stop():
+                    return False
+        finally:
+            remove_placement_group(room)
+        return True
+
     def _fit(self, order: Order, post: Any, *, name: str) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -101,8 +129,8 @@ class AcrossNodes(Together):
             scaling_config=ScalingConfig(
                 num_workers=demand.world_size,
                 use_gpu=on_gpu,
-                resources_per_worker={"CPU": demand.threads} | ({"GPU": demand.gpus} if on_gpu else {}),
-                placement_strategy="PACK" if demand.processes > 1 else "STRICT_SPREAD",
+                resources_per_worker=self._bundle,
+                placement_strategy=self._strategy,
             ),
             run_config=RunConfig(  # a new name each time: a trial resumes from its own checkpoints, not from Train's
                 name=name,
@@ -110,6 +138,22 @@ class AcrossNodes(Together):
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
             ),
         ).fit()
+
+
+def _interrupted() -> "TrainResult":
+    """Return the end of a training that had not begun."""
+    from core.training import TrainResult  # torch takes seconds
+
+    return TrainResult(
+        outcome="interrupted",
+        reason="",
+        step=0,
+        seconds=0.0,
+        weights_hash="",
+        peak_memory_bytes=0,
+        checkpoint=None,
+        num_parameters=0,
+    )
 
 
 # Between the trial's process and its workers
@@ -160,7 +204,7 @@ class _Carrier(threading.Thread):
         failures: dict[int, Any] = getattr(error, "worker_failures", {})
         silent = sorted(failures.keys() - self._raised.keys())
         if silent:
-            return WorkerLost(f"worker {silent[0]} of the trial died: {failures[silent[0]]}")
+            return WorkerLost(f"worker {silent[0]} of the trial died: {_first_line(failures[silent[0]])}")
         return next(iter(self._raised.values()), error or WorkerLost("the workers ended"))
 
     def _carry(self) -> None:
