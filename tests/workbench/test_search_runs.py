@@ -20,7 +20,7 @@ from workbench.store import STOP_FILE, Store
 pytestmark = pytest.mark.ci
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 110  # seconds, on a busy machine
+PATIENCE = 240  # seconds, on a busy machine
 DRIVER = """\
 import os
 import sys
