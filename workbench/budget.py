@@ -6,12 +6,10 @@ end counts up to now while it runs, else up to the last sign of it.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
-from pathlib import Path
 
 from workbench import attempts, siblings
 from workbench.attempts import Attempt
@@ -84,21 +82,14 @@ class Meter:
         if known is not None and known[0] == changed:
             return known[1]
         tried = attempts.read(folder)
-        running = bool(tried) and tried[-1].running(folder)
-        found = gpu_seconds(tried, until=time.time() if running else last_sign(folder), since=since)
-        if tried and tried[-1].outcome is not None:
+        if not tried:
+            return 0.0
+        last = tried[-1]
+        until = time.time() if last.running(folder) else attempts.last_sign(folder, last.number)
+        found = gpu_seconds(tried, until=until, since=since)
+        if last.outcome is not None:
             self._settled[trial_id] = (changed, found)
         return found
-
-
-def last_sign(folder: Path) -> float:
-    """Return when anything was last written in a trial's folder or to its attempts, in seconds since the epoch."""
-    newest = 0.0
-    for place in (folder, folder / "attempts"):
-        if place.is_dir():
-            with os.scandir(place) as entries:
-                newest = max([newest, *(entry.stat().st_mtime for entry in entries if entry.is_file())])
-    return newest
 
 
 class Budget:

@@ -23,7 +23,7 @@ from workbench.store import Store
 from workbench.study import PlannedTrial
 
 START_SECONDS = 10.0  # until the first trial trains, where no run is on record: docs/benchmarks.md
-_DONE = ("finished", "diverged")
+DONE = ("finished", "diverged")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +128,7 @@ def _outstanding(results: StudyResults, trials: Sequence[PlannedTrial]) -> dict[
     found: dict[str, str] = {}
     for trial in trials:
         record = results.records[trial.trial_id]
-        if record.state not in _DONE and not was_stopped(record, results.plan.plan_hash):
+        if record.state not in DONE and not was_stopped(record, results.plan.plan_hash):
             found.setdefault(trial.trial_id, own_name(trial.variant))
     return found
 

@@ -8,14 +8,12 @@ from typing import Any
 from workbench import stats
 from workbench.costs import Machine, machine_for
 from workbench.differences import differences
-from workbench.estimate import estimate
+from workbench.estimate import DONE, estimate
 from workbench.evidence import gather
 from workbench.labels import POINTS, duration, size
 from workbench.records import StudyResults
 from workbench.search import outcomes, own_variants
 from workbench.study import FEWEST_SEEDS, Look
-
-DONE = ("finished", "diverged")
 
 
 def describe(results: StudyResults, *, explain: bool = False, machine: Machine | None = None) -> dict[str, Any]:

@@ -27,14 +27,14 @@ class SearchReader:
 
     def refuse(self, *, seeds: int | None) -> None:
         """Tell what has no place beside a search."""
-        for key in ("claims", "tuned"):
+        refused = {
+            "claims": "a search makes no claims; its trials choose the settings, so they can judge nothing: write the "
+            "claims into a study that names the result of this one under tuned",
+            "tuned": "has no place beside search: remove one of them",
+        }
+        for key, text in refused.items():
             if self._document.at((key,)) not in (None, []):
-                why = "its trials choose the settings, so they can judge nothing"
-                remedy = {
-                    "claims": f"{why}: write the claims into a study that names the result of this one under tuned",
-                    "tuned": "has no place beside search: remove one of them",
-                }[key]
-                self._tell((key,), f"a search makes no claims; {remedy}" if key == "claims" else remedy)
+                self._tell((key,), text)
         if seeds is not None:
             self._problems.add(Place(f"--seeds {seeds}"), "", "a search has one seed of its own: leave --seeds out")
 

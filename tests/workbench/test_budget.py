@@ -220,7 +220,6 @@ def test_a_run_stops_at_its_cap_and_goes_on_when_it_is_raised(toy_plan, store, t
     assert 0 < record.step < 40
     assert "of 0.3 GPU-hours are spent, all attempts counted: the limit is reached. Raise it with --gpu-hours" in err
     assert "To go on, with what is said: python -m workbench" in err
-    assert Meter(store, toy_plan).gpu_hours() < 0.3 + 1.0
 
     code, _, err = run(toy_plan, store, slow, gpu_hours=0.05)  # what an attempt says of itself may be a little less
     assert code == LIMIT_REACHED

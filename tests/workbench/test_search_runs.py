@@ -20,7 +20,7 @@ from workbench.store import STOP_FILE, Store
 pytestmark = pytest.mark.ci
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 110  # seconds, on a busy machine
+PATIENCE = 240  # seconds, on a busy machine
 DRIVER = """\
 import os
 import sys
@@ -170,13 +170,13 @@ def test_the_cap_of_gpu_hours_ends_a_search_and_a_higher_one_goes_on(tmp_path):
     """Trials at work write a checkpoint and end, none begins; the same cap begins nothing more."""
     study, runs = tmp_path / "rates.yaml", tmp_path / "runs"
     study.write_text(SEARCH.format(method="random", scheduler="fifo", configurations=4))
-    with _start(study, runs, 5.0) as driver:
+    with _start(study, runs, 2.0) as driver:
         _, err = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 4, err
-    assert "of 5 GPU-hours are spent, all attempts counted" in err
+    assert "of 2 GPU-hours are spent, all attempts counted: the limit is reached" in err
     before = _steps(runs)
-    assert 0 < sum(map(len, before.values())) < 8 * 16
-    with _start(study, runs, 5.0) as driver:
+    assert [row["state"] for row in _found(runs)["configurations"]].count("interrupted") == 2
+    with _start(study, runs, 2.0) as driver:
         _, err = driver.communicate(timeout=PATIENCE)
     assert (driver.returncode, _steps(runs)) == (4, before), err
     with _start(study, runs, 1000.0) as driver:

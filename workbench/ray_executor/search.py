@@ -99,10 +99,12 @@ class _Source(_Unkept, Searcher):
         """Learn nothing from Tune: the records say it."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - as Tune's
-        ended = self._given.pop(trial_id).trial_id
+        ended = self._given.pop(trial_id, None)
+        if ended is None:  # Tune tells of some ends twice
+            return
         self._searching.save()
-        self._searching.on_end(ended)
-        self._has_begun |= self._searching.store.record(ended).step > 0
+        self._searching.on_end(ended.trial_id)
+        self._has_begun |= self._searching.store.record(ended.trial_id).step > 0
         self._hopeless |= not self._has_begun  # the others would fail as well
 
     def save(self, checkpoint_path: str) -> None:
