@@ -3,8 +3,6 @@
 Who one is goes into MLflow's own environment variables, which are never recorded.
 """
 
-import base64
-import os
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -12,7 +10,6 @@ from workbench.errors import WorkbenchError
 
 CREDENTIALS = USER, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 _SECRET_WORDS = ("pass", "pwd", "token", "secret", "key")
-_SHORTEST_SECRET = 4  # shorter ones would blank out common words
 
 
 def problem_with(uri: str) -> str | None:
@@ -57,13 +54,3 @@ def is_remote(uri: str) -> bool:
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of an SQLite database; None for a server, or another database."""
     return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
-
-
-def without_secrets(text: str) -> str:
-    """Return a text, such as an answer of a server, without what the environment holds of passwords and tokens."""
-    user, password, token = (os.environ.get(name) or "" for name in (USER, PASSWORD, TOKEN))
-    encoded = base64.b64encode(f"{user}:{password}".encode()).decode() if password else ""
-    for secret in (encoded, password, token):
-        if len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(secret, "***")
-    return text

@@ -8,6 +8,7 @@ from workbench import cli, tracking
 from workbench.errors import WorkbenchError
 from workbench.filesystem import network_type, type_of
 from workbench.mlflow_mirror import Mirror
+from workbench.redaction import redact
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that MLflow imports
 
@@ -70,7 +71,7 @@ def test_answers_are_told_without_what_the_environment_holds(monkeypatch):
     monkeypatch.setenv(tracking.USER, "me")
     monkeypatch.setenv(tracking.PASSWORD, SECRET)
     monkeypatch.setenv(tracking.TOKEN, "token-word")
-    told = tracking.without_secrets(f"401: Basic bWU6czNjcmV0LXdvcmQ=, {SECRET}, Bearer token-word")
+    told = redact(f"401: Basic bWU6czNjcmV0LXdvcmQ=, {SECRET}, Bearer token-word")
     assert told == "401: Basic ***, ***, Bearer ***"
 
 

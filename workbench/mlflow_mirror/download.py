@@ -16,6 +16,7 @@ from workbench import record_files, tracking
 from workbench.errors import WorkbenchError
 from workbench.mlflow_mirror.api import Api, answered, connect
 from workbench.record_files import MANIFEST, Entry
+from workbench.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -154,7 +155,7 @@ class Remote:
         except (MissingFile, ValueError, WorkbenchError):
             raise
         except Exception as error:
-            reason = tracking.without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+            reason = redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
             what = "refuses" if answered(error) else "cannot be read"
             raise WorkbenchError(f"--tracking-uri {self.tracking_uri}: MLflow {what} ({reason})") from error
 

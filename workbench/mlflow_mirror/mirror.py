@@ -12,6 +12,7 @@ from workbench.mlflow_mirror.api import Api, answered, connect, default_uri
 from workbench.mlflow_mirror.sender import Sender
 from workbench.mlflow_mirror.state import State
 from workbench.records import StudyRef, StudyResults
+from workbench.redaction import redact
 from workbench.screen import line_to
 from workbench.store import Store
 from workbench.study import Plan
@@ -153,7 +154,7 @@ class Mirror:
         if self._warned:
             return
         self._warned = True
-        reason = tracking.without_secrets((str(error).strip().splitlines() or [""])[0])[:200]
+        reason = redact((str(error).strip().splitlines() or [""])[0])[:200]
         if answered(error):
             self._warn(f"MLflow has refused a part of the copy, training goes on ({reason})")
         elif isinstance(error, OSError) or type(error).__module__.startswith(("mlflow", "sqlalchemy")):
