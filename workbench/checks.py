@@ -15,6 +15,7 @@ from core.metrics import Metrics
 from workbench.durable import check_time
 from workbench.records import Verdict
 
+DEEPEST = 50  # nested mappings and lists
 Plain = dict[str, Any]
 Time = Annotated[str, AfterValidator(check_time)]
 _Model = TypeVar("_Model")
@@ -164,10 +165,9 @@ def _valid(model: TypeAdapter[_Model], plain: Plain | None) -> _Model | None:
         return None
 
 
-def _can_be(value: Any) -> bool:
-    """Tell whether all numbers in JSON values are finite and none is larger than a float can count to."""
-    if isinstance(value, dict):
-        return all(map(_can_be, value.values()))
-    if isinstance(value, list):
-        return all(map(_can_be, value))
+def _can_be(value: Any, depth: int = 0) -> bool:
+    """Tell whether JSON values are nested no deeper than ours, and all numbers finite and such as a float can count."""
+    if isinstance(value, dict | list):
+        values = value.values() if isinstance(value, dict) else value
+        return depth < DEEPEST and all(_can_be(inner, depth + 1) for inner in values)
     return not isinstance(value, int | float) or (abs(value) <= 2**53 and math.isfinite(value))

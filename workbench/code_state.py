@@ -58,7 +58,7 @@ def keep(state: CodeState, folder: Path) -> None:
 def git(*arguments: str, most_bytes: int | None = None) -> str | None:
     """Return what a git command says of the working tree that `core` lies in; None without git or such a tree."""
     folder = _tree()
-    return None if folder is None else _run("git", "-C", folder, *arguments, most_bytes=most_bytes)
+    return None if folder is None else said_by("git", "-C", folder, *arguments, most_bytes=most_bytes)
 
 
 @cache
@@ -67,7 +67,7 @@ def _tree() -> str | None:
     package = Path(core.__path__[0])
     if shutil.which("git") is None:
         return None
-    tracked = _run("git", "-C", str(package), "ls-files", "--error-unmatch", "config.py")
+    tracked = said_by("git", "-C", str(package), "ls-files", "--error-unmatch", "config.py")
     return None if tracked is None else str(package.parent)  # an installed copy may just lie in some working tree
 
 
@@ -96,7 +96,7 @@ def _named(text: str, kind: str) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.{kind}"
 
 
-def _run(*command: str, most_bytes: int | None = None) -> str | None:
+def said_by(*command: str, most_bytes: int | None = None) -> str | None:
     """Return what a short command prints, or None when it fails; beyond `most_bytes` only how much there was."""
     try:
         unlocked = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # another git at work is not disturbed

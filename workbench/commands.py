@@ -75,9 +75,12 @@ def wants_seeds(results: StudyResults, verdict: Verdict) -> bool:
 
 
 def dashboard_command(runs: Path) -> str:
-    """Return the line that opens the dashboard on a runs folder."""
-    app = Path(__file__).resolve().parent.parent / "dashboard" / "app.py"
-    words = ["run", _from_here(app), *(["--", *named] if (named := _runs(runs)) else [])]
+    """Return the line that opens the dashboard on a runs folder, for this machine alone."""
+    root = Path(__file__).resolve().parent.parent
+    # Elsewhere streamlit does not find our settings, listens to every network and reports its use to its makers.
+    settings = [] if Path.cwd() == root else ["--server.address=127.0.0.1", "--browser.gatherUsageStats=false"]
+    ours = ["--", *named] if (named := _runs(runs)) else []
+    words = ["run", _from_here(root / "dashboard" / "app.py"), *settings, *ours]
     return f"{provenance.tool('streamlit')} {shlex.join(words)}"
 
 

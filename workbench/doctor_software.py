@@ -6,12 +6,12 @@ import stat
 import sys
 import tomllib
 import urllib.request
-from importlib import metadata
 from pathlib import Path
 
 from core.model import kernel
 from workbench import provenance
 from workbench.findings import Finding, State, by_state, note, ok, problem
+from workbench.provenance import installed
 
 MOST_NAMED = 5
 _ROOT = Path(__file__).resolve().parent.parent  # of the project, where its files of versions are
@@ -44,7 +44,7 @@ def versions(_runs: Path) -> Finding:
     if wrong:
         remedy = "python -m pip install --constraint constraints.txt --editable ."
         return problem("versions", "; ".join(wrong), remedy)
-    others = [f"{name} {found}" for name, pin in tested.items() if (found := _installed(name)) not in (None, pin)]
+    others = [f"{name} {found}" for name, pin in tested.items() if (found := installed(name)) not in (None, pin)]
     more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
     named = f"{', '.join(others[:MOST_NAMED])}{more}: not those of constraints.txt, which are tested"
     return Finding(
@@ -55,7 +55,7 @@ def versions(_runs: Path) -> Finding:
 def unmet(requirement: str) -> str:
     """Say how a line of pyproject.toml is not met; "" where it is. Of its bounds, `>=` and `==` are looked at."""
     name, _, bounds = re.fullmatch(r"([\w.-]+)(\[[^]]*\])?(.*)", requirement.replace(" ", ""), re.DOTALL).groups()  # type: ignore[union-attr]
-    found = _installed(name)
+    found = installed(name)
     if found is None:
         return f"{name} is not installed"
     for bound in filter(None, bounds.split(",")):
@@ -74,13 +74,6 @@ def below(found: str, least: str) -> bool:
 def _pins(text: str) -> dict[str, str]:
     lines = (line.split("#")[0].strip() for line in text.splitlines())
     return dict(line.split("==", 1) for line in lines if "==" in line)
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def kernel_of_attention(_runs: Path) -> Finding:

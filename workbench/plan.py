@@ -267,7 +267,7 @@ def plan_from_json(plain: dict[str, Any]) -> Plan:
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise StoreError(f"a plan of another version ({told}): run the study again to write it anew") from error
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise StoreError(f"a plan cannot be read ({error!r}): run the study again to write it anew") from error
     for problem in _contradictions(plan):
         raise StoreError(f"a plan cannot be read ({problem}): run the study again to write it anew")

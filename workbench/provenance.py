@@ -5,7 +5,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from functools import cache
 from importlib import metadata
@@ -40,8 +39,8 @@ def collect(*, threads: int, device: str, precision: str) -> dict[str, Any]:
         "git_dirty": dirty,
         **code_state.current().to_json(),
         "code_hash": code_hash(),
-        "torch": _version("torch"),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "torch": installed("torch"),
+        "versions": {name: installed(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
@@ -126,7 +125,7 @@ def visible_gpus() -> tuple[str, ...]:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown in ("", "-1") or shutil.which("nvidia-smi") is None:
         return ()
-    listed = _run("nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader") or ""
+    listed = code_state.said_by("nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader") or ""
     found = [line.split(", ", 2) for line in listed.splitlines() if line.count(", ") >= 2]
     if shown is None:
         return tuple(name for _, _, name in found)
@@ -140,16 +139,8 @@ def tool(name: str) -> str:
     return name if shutil.which(name) else f"{shlex.quote(sys.executable)} -m {name}"
 
 
-def _run(*command: str) -> str | None:
-    """Return what a short command prints, or None when it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(library: str) -> str | None:
+def installed(library: str) -> str | None:
+    """Return the version of a library; None where it is not there."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

@@ -5,7 +5,7 @@ Precedence, lowest first: the study's recipe (by default the defaults of `Experi
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from workbench.overrides import (
 from workbench.problems import DEFAULT, LONGEST_SHOWN, Place, Problems, as_key, did_you_mean
 from workbench.recipes import recipe_layer
 from workbench.search_file import SearchReader
+from workbench.selection import Selection, read_options
 from workbench.study import SEARCH_SEED, Claim, Execution, Look, Study, Variant
 from workbench.study_schema import (
     MOST_PROFILES,
@@ -56,40 +57,6 @@ UNREAD = {
     "scope": "seeds",
     "variants": {"unread": None},
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
-    """What the command line chooses of a study; None leaves it to the profile. `sets` are KEY=VALUE texts."""
-
-    profile: str | None = None
-    data: Path | None = None
-    variants: tuple[str, ...] | None = None  # ("all",) for every variant
-    seeds: int | None = None
-    sets: tuple[str, ...] = ()
-    budget: str | None = None
-    tracking_uri: str | None = None
-
-    def profile_name(self) -> str:
-        """Return the profile: the one named, `pictures` for a folder of pictures, else `laptop`."""
-        return self.profile or ("laptop" if self.data is None else "pictures")
-
-    def words(self) -> tuple[str, ...]:
-        """Return the options as the command line has them, name and value in turn, for plans that anybody may read.
-
-        An address in which a password stands is left out.
-        """
-        uri = self.tracking_uri
-        given = [
-            ("--profile", self.profile),
-            ("--data", self.data),
-            ("--variants", self.variants and ",".join(self.variants)),
-            ("--seeds", self.seeds),
-            *(("--set", text) for text in self.sets),
-            ("--budget", self.budget),
-            ("--tracking-uri", None if uri is None or problem_with_uri(uri) else uri),
-        ]
-        return tuple(word for option, value in given if value is not None for word in (option, str(value)))
 
 
 def load_study(path: Path, selection: Selection | None = None) -> Study:
@@ -217,7 +184,7 @@ class _Loader:
         own = {name: self._layer(f"variant {name}", ("variants", name)) for name in self.names}
         scale = [read_layer(f"profile {self.profile_name}", profile_document, ("set",), self.problems)]
         scale += [blocks[self.profile_name]] if self.profile_name in blocks else []
-        options = _read_options(self.selection.sets, self.problems)
+        options = read_options(self.selection.sets, self.problems)
         for layer in (*blocks.values(), *own.values()):  # a variant keeps its wrong values, or it would equal another
             without_wrong_values(layer, self.problems)
         shared = [without_wrong_values(layer, self.problems) for layer in (study, *scale, options)]
@@ -379,20 +346,3 @@ def _execution(*parts: ExecutionPart | None) -> Execution:
         laid |= part.model_dump(exclude_none=True) if part else {}
     named = {_EXECUTION_NAMES.get(name, name): value for name, value in laid.items()}
     return Execution(**named)
-
-
-def _read_options(sets: Iterable[str], problems: Problems) -> Layer:
-    """Return the layer of the `--set` options; their values are read as YAML."""
-    found: list[Assignment] = []
-    for text in sets:
-        place = Place(f"--set {text}")
-        key, equals, value = text.partition("=")
-        told = Problems()
-        read = yaml12.read_text(value, str(place), told)
-        if not equals or not key or told:
-            reason = told.lines()[0].removeprefix(f"{place}").lstrip(":0123456789 ") if equals and told else ""
-            problems.add(place, "", reason or "must have the form KEY=VALUE")
-            continue
-        option = Document(source=str(place), value={"set": {key: read.value}}, keys={(): place})
-        found += read_layer("--set", option, ("set",), problems).assignments
-    return Layer(label="--set", place=Place("--set"), assignments=tuple(found))

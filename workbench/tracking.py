@@ -3,9 +3,9 @@
 Who one is goes into MLflow's own environment variables, or its own file, which are never recorded.
 """
 
-import base64
 import configparser
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
@@ -15,7 +15,6 @@ from workbench.errors import WorkbenchError
 USER, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 CREDENTIALS_FILE = "~/.mlflow/credentials"
 _SECRET_WORDS = ("pass", "pwd", "token", "secret", "key")
-_SHORTEST_SECRET = 4  # shorter ones would blank out common words
 
 
 def problem_with(uri: str) -> str | None:
@@ -62,28 +61,12 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
 
 
-def credentials() -> dict[str, str]:
+def credentials(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return what MLflow tells any server of who one is, by the names that its variables and its file have for it."""
-    found = {name: os.environ.get(name, "") for name in (USER, PASSWORD, TOKEN)}
+    found = {name: environment.get(name, "") for name in (USER, PASSWORD, TOKEN)}
     with suppress(configparser.Error, OSError, ValueError, RuntimeError):  # no home, or a file that nobody can read
         parser = configparser.ConfigParser()
         parser.read(Path(CREDENTIALS_FILE).expanduser())
         for name in (USER, PASSWORD):
             found[name] = found[name] or parser.get("mlflow", name.lower(), fallback="")
     return {name: value for name, value in found.items() if value}
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of an error, as a server may have written it, without secrets; else the error's type."""
-    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
-
-
-def without_secrets(text: str) -> str:
-    """Return a text without the passwords and tokens that MLflow is given."""
-    known = credentials()
-    user, password, token = (known.get(name, "") for name in (USER, PASSWORD, TOKEN))
-    encoded = base64.b64encode(f"{user}:{password}".encode()).decode() if password else ""
-    for secret in (encoded, password, token):
-        if len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(secret, "***")
-    return text

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import streamlit
 from strangers import HEAD, TINY
+from streamlit.testing.v1 import AppTest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,6 +29,16 @@ def test_the_dashboard_listens_to_this_machine_alone():
     """Its settings, which streamlit reads in the repository's root, bind it to loopback."""
     settings = (ROOT / ".streamlit" / "config.toml").read_text()
     assert 'address = "127.0.0.1"' in settings
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1", "0.0.0.0"])
+def test_the_dashboard_says_when_it_was_started_without_its_settings(tmp_path, monkeypatch, address):
+    """In another folder streamlit does not read them, and listens to every network; who asks for that knows it."""
+    get_option = streamlit.get_option
+    monkeypatch.setattr(streamlit, "get_option", lambda key: address if key == "server.address" else get_option(key))
+    monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path))
+    page = AppTest.from_file(str(ROOT / "dashboard" / "app.py"), default_timeout=60).run()
+    assert any("Other machines can reach this page" in item.value for item in page.warning) == (address is None)
 
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}  # as in /proc/net/tcp

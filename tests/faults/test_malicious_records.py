@@ -261,3 +261,35 @@ def test_a_memory_of_mlflow_that_is_none_is_not_believed(tmp_path, content):
     ref = store.register(plan, source="")
     durable.write_json(ref.path / "mlflow.json", content)
     assert load.mlflow_url(store.results(ref)) is None
+
+
+@pytest.mark.parametrize("depth", [60, 300, 600, 900, 100_000])
+def test_records_nested_without_end_are_damaged(tmp_path, depth):
+    """Brackets by the hundred end no command: what holds them counts as damaged."""
+    plan, store = tiny_plan(tmp_path), Store(tmp_path / "runs")
+    folder = store.register(plan, source="").path
+    first = plan.trials[0].trial_id
+    result = {
+        "format": 1,
+        "trial_id": first,
+        "outcome": "finished",
+        "seconds": 1.0,
+        "total_seconds": 1.0,
+        "finished_at": "2026-01-01T00:00:00+00:00",
+        "data_report": {"a": "DEEP"},
+    }
+    deep = "[" * depth + "]" * depth
+    for name in ("result.json", "error.json", "attempts/0001.json"):
+        path = store.trial_dir(first) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result).replace('"DEEP"', deep))
+    for name in ("verdicts.json", "looks.json", "mlflow.json"):
+        (folder / name).write_text(f'{{"format": 1, "{name.partition(".")[0]}": {deep}}}')
+    runs = ["--runs", str(store.root)]
+    assert cli.main(["status", *runs]) == 0
+    assert store.result(first) is None
+    plain = json.loads((folder / "plan.json").read_text())
+    del plain["sha256"]
+    plain["study"]["variants"][1]["overrides"] = {"loss.weight_giou": "DEEP"}
+    (folder / "plan.json").write_text(json.dumps(plain).replace('"DEEP"', deep))
+    assert cli.main(["status", *runs]) == 0

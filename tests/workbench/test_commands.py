@@ -73,7 +73,10 @@ def test_the_usual_runs_folder_is_not_named(fake_results, tmp_path, monkeypatch)
     assert "--runs" not in commands.command(replace(results, runs=tmp_path / "runs"))
     assert commands.command(replace(results, runs=tmp_path / "mine")).endswith("--runs mine")
     assert commands.dashboard_command(tmp_path / "mine").endswith(" -- --runs mine")
-    assert commands.dashboard_command(tmp_path / "runs").endswith("app.py")
+    away = "app.py --server.address=127.0.0.1 --browser.gatherUsageStats=false"
+    assert commands.dashboard_command(tmp_path / "runs").endswith(away)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert commands.dashboard_command(Path("runs")).endswith("run dashboard/app.py")
 
 
 @pytest.mark.parametrize("uri", ["http://me:secret@host", "postgresql://host/db?password=secret"])

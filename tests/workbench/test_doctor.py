@@ -232,7 +232,7 @@ def test_proxies(monkeypatch, environment, state):
 def test_requirements(monkeypatch, requirement, told):
     """Lower bounds and exact versions of pyproject.toml are compared with what is installed."""
     there = {"torch": "2.14.1+cpu", "ray": "2.60.0", "ruff": "0.17.6"}
-    monkeypatch.setattr(doctor_software, "_installed", there.get)
+    monkeypatch.setattr(doctor_software, "installed", there.get)
     assert doctor_software.unmet(requirement) == told
 
 

@@ -109,7 +109,7 @@ def test_torchs_switches_are_told_where_torch_is_loaded():
 def test_visible_gpus_are_those_that_are_named(monkeypatch, shown, names):
     """CUDA_VISIBLE_DEVICES names GPUs by number or by id, of several types perhaps."""
     listed = "0, GPU-aaaa, A100\n1, GPU-bbbb, H100\n2, GPU-cccc, H100"
-    monkeypatch.setattr(provenance, "_run", lambda *_: listed)
+    monkeypatch.setattr(code_state, "said_by", lambda *_: listed)
     monkeypatch.setattr(shutil, "which", lambda _: "nvidia-smi")
     if shown is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -149,7 +149,7 @@ def test_changes_of_the_working_tree_are_kept_once(tree, tmp_path):
     code_state.keep(state, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(state.files())
     assert (folder / str(state.to_json()["diff"])).read_text() == state.diff
-    assert f"torch=={provenance._version('torch')}\n" in state.packages
+    assert f"torch=={provenance.installed('torch')}\n" in state.packages
 
 
 def test_files_that_may_hold_secrets_are_no_part_of_the_changes(tree, monkeypatch):

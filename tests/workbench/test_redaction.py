@@ -11,6 +11,12 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN_PATH": "/home/me/token",
     "SHORT_TOKEN": "the",
     "PATH": "/usr/bin:/bin",
+    "SMTP_PASS": "smtp-1234567",
+    "DEPLOY_KEY": "deploy-1234567",
+    "GITHUB_PAT": "pat-1234567890",
+    "OLDPWD": "/home/me/project",
+    "MLFLOW_TRACKING_USERNAME": "me",
+    "MLFLOW_TRACKING_PASSWORD": "pw-4",
 }
 
 
@@ -23,6 +29,8 @@ ENVIRONMENT = {
         ("s3?X-Amz-Signature=ab12&X-Amz-Date=1", "s3?X-Amz-Signature=***&X-Amz-Date=1"),
         ("{'Authorization': 'Bearer abc.def'}", "{'Authorization': 'Bearer ***'}"),
         ("said tok-1234567890 and tok-1234567890-long", "said *** and ***"),
+        ("smtp-1234567 deploy-1234567 pat-1234567890 in /home/me/project", "*** *** *** in /home/me/project"),
+        ("refused pw-4, sent as Basic bWU6cHctNA==", "refused ***, sent as Basic ***"),
         ("disabled-mode /home/me/token the /usr/bin:/bin", "disabled-mode /home/me/token the /usr/bin:/bin"),
         ("e-mail me@host, see http://host/@me", "e-mail me@host, see http://host/@me"),
     ],
@@ -38,4 +46,8 @@ def test_names_that_look_secret():
         "MLFLOW_TRACKING_TOKEN",
         "DB_PASSWORD",
         "SHORT_TOKEN",
+        "SMTP_PASS",
+        "DEPLOY_KEY",
+        "GITHUB_PAT",
+        "MLFLOW_TRACKING_PASSWORD",
     ]

@@ -9,6 +9,7 @@ from workbench import cli, contacts, tracking
 from workbench.errors import WorkbenchError
 from workbench.filesystem import network_type, type_of
 from workbench.mlflow_mirror import Mirror
+from workbench.redaction import redact
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that MLflow imports
 
@@ -73,7 +74,7 @@ def test_answers_are_told_without_what_the_environment_holds(monkeypatch):
     monkeypatch.setenv(tracking.USER, "me")
     monkeypatch.setenv(tracking.PASSWORD, SECRET)
     monkeypatch.setenv(tracking.TOKEN, "token-word")
-    told = tracking.without_secrets(f"401: Basic bWU6czNjcmV0LXdvcmQ=, {SECRET}, Bearer token-word")
+    told = redact(f"401: Basic bWU6czNjcmV0LXdvcmQ=, {SECRET}, Bearer token-word")
     assert told == "401: Basic ***, ***, Bearer ***"
 
 
@@ -90,7 +91,7 @@ def test_credentials_in_mlflows_own_file_count_too(toy_plan, tmp_path, monkeypat
         contacts.refuse_credentials(study)
     assert "~/.mlflow/credentials" in str(refused.value)
     assert "hunter2" not in str(refused.value)
-    assert tracking.without_secrets("Who is hunter2?") == "Who is ***?"
+    assert redact("Who is hunter2?") == "Who is ***?"
 
 
 def test_a_network_file_system_is_known_by_its_mount(tmp_path):

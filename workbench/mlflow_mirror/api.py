@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from workbench import tracking
 from workbench.mirror_content import Point
+from workbench.redaction import redact
 from workbench.store import Store
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def _create_database(path: Path) -> None:
 def answered(error: Exception) -> bool:
     """Tell whether an error is MLflow's answer to what was asked, and not its absence."""
     return getattr(error, "error_code", None) in _ANSWERS
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error, as a server may have written it, without secrets; else the error's type."""
+    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 class Api:

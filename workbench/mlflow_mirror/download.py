@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from workbench import record_files, tracking
 from workbench.errors import WorkbenchError
-from workbench.mlflow_mirror.api import Api, answered, connect
+from workbench.mlflow_mirror.api import Api, answered, connect, reason
 from workbench.record_files import MANIFEST, Entry
 
 if TYPE_CHECKING:
@@ -158,8 +158,8 @@ class Remote:
             raise
         except Exception as error:
             what = "refuses" if answered(error) else "cannot be read"
-            reason = tracking.reason(error)
-            raise WorkbenchError(f"--tracking-uri {self.tracking_uri}: MLflow {what} ({reason})") from error
+            told = reason(error)
+            raise WorkbenchError(f"--tracking-uri {self.tracking_uri}: MLflow {what} ({told})") from error
 
 
 def _says_missing(error: Exception) -> bool:

@@ -8,7 +8,7 @@ from typing import TextIO
 from workbench import filesystem, tracking
 from workbench.contacts import refuse_credentials_of_records
 from workbench.errors import BusyError, StoreError, WorkbenchError
-from workbench.mlflow_mirror.api import Api, answered, connect, default_uri
+from workbench.mlflow_mirror.api import Api, answered, connect, default_uri, reason
 from workbench.mlflow_mirror.sender import Sender
 from workbench.mlflow_mirror.state import State
 from workbench.records import StudyRef, StudyResults
@@ -157,12 +157,12 @@ class Mirror:
         if self._warned:
             return
         self._warned = True
-        reason = tracking.reason(error)
+        told = reason(error)
         meanwhile = "" if self._everything else ", training goes on without it"
         libraries = type(error).__module__.startswith(("mlflow", "sqlalchemy", "requests"))
         if answered(error):
-            self._warn(f"MLflow has refused a part of the copy{meanwhile} ({reason})")
+            self._warn(f"MLflow has refused a part of the copy{meanwhile} ({told})")
         elif libraries or isinstance(error, ConnectionError | TimeoutError):
-            self._warn(f"MLflow cannot be reached{meanwhile} ({reason})")
+            self._warn(f"MLflow cannot be reached{meanwhile} ({told})")
         else:
-            self._warn(f"MLflow cannot be kept up to date{meanwhile} ({type(error).__name__}: {reason})")
+            self._warn(f"MLflow cannot be kept up to date{meanwhile} ({type(error).__name__}: {told})")
