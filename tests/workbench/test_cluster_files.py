@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -169,6 +170,13 @@ def slurm(toy_study, tmp_path):
     return start
 
 
+@pytest.fixture
+def short_folder():
+    """Return a folder with so short a name that sockets have room in it."""
+    with tempfile.TemporaryDirectory(prefix="wb", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def log_of(tmp_path, word):
     """Return the lines of what the tools were told that have a word."""
     return [line for line in (tmp_path / "log").read_text().splitlines() if word in line]
@@ -318,3 +326,20 @@ def test_a_job_that_ends_is_not_requeued(slurm, tmp_path):
     while time.monotonic() < give_up and members(job.pid):
         time.sleep(0.1)
     assert members(job.pid) == []
+
+
+@pytest.mark.ci
+def test_ray_takes_what_two_nodes_tell_it(slurm, short_folder):
+    """With Ray as it is, both nodes come before the driver begins; no folder of Ray is left on either."""
+    real = 'exec "$REAL_PYTHON" "$@"'
+    job = slurm(
+        SLURM_JOB_NUM_NODES="2",
+        FAKE_NODES=str(short_folder),
+        FAKE_RAY=real,
+        FAKE_WAIT=real,
+        FAKE_DRIVER='ls "$FAKE_NODES"',
+    )
+    out, err = job.communicate(timeout=2 * PATIENCE)
+    assert job.returncode == 0, err
+    assert out.split() == [f"node{number}-ray-{os.getuid()}-4711" for number in (1, 2)]
+    assert not list(short_folder.iterdir())
