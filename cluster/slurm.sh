@@ -41,9 +41,11 @@ stop() { # Slurm sends TERM three minutes before the wall time. A second one end
     if [ -n "$asked_to_stop" ]; then return 0; fi
     asked_to_stop=1
     if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi
-    if ! job_goes_on; then # and Ray is being ended, too: there is nothing to wait for
+    if ! job_goes_on; then # and Ray is being ended, too, on which the driver may hang: there is nothing to wait for
         sleep 1
         kill -TERM "$child" 2>/dev/null || true
+        sleep 2
+        kill -KILL "$child" 2>/dev/null || true
     fi
 }
 attend() { # COMMAND...: run it to its end and keep its exit code. A signal ends `wait`, not what is waited for

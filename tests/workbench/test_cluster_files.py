@@ -228,6 +228,17 @@ def test_only_an_unfinished_study_is_requeued(slurm, tmp_path, code, slurm_says,
     assert not list((tmp_path / "nodes").iterdir())
 
 
+def test_a_cancelled_driver_that_hangs_is_killed(slurm, tmp_path):
+    """So that the script can clean up before Slurm kills it, too."""
+    job = slurm(FAKE_DRIVER=DRIVER.replace("stopped=1", ""), FAKE_STATE="COMPLETING")
+    wait_for(lambda: log_of(tmp_path, "driver began"), job)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=PATIENCE / 2)
+    assert job.returncode == 128 + signal.SIGKILL, err
+    assert not list((tmp_path / ".workbench").iterdir())
+    assert not list((tmp_path / "nodes").iterdir())
+
+
 def test_each_node_gets_ray_in_a_folder_of_its_own(slurm, tmp_path):
     """The others join the first where they see it; a step gets all cores of the job, and only the user its folder."""
     both = 'until [ "$(grep -c ^token "$FAKE_LOG")" -eq 2 ]; do sleep .1; done'
@@ -238,11 +249,8 @@ def test_each_node_gets_ray_in_a_folder_of_its_own(slurm, tmp_path):
     assert "--head --node-ip-address=127.0.0.1 --port=24711 --include-dashboard=false --block --num-cpus=8" in head
     assert "start --address=127.0.0.1:24711 --block --num-cpus=8" in worker
     steps = log_of(tmp_path, "srun ")
-    assert [re.search("--(nodelist|exclude)=.....", step)[0] for step in steps] == [
-        "--nodelist=node2",
-        "--nodelist=node1",
-        "--exclude=node1",
-    ]
+    where = ("--exclude=node1", "--nodelist=node1", "--nodelist=node2")
+    assert sorted(re.search("--(nodelist|exclude)=.....", step)[0] for step in steps) == list(where)
     assert all("--cpus-per-task=8 " in step for step in steps)
     assert not list((tmp_path / "nodes").iterdir())
 
