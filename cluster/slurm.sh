@@ -136,7 +136,7 @@ leave
 # Above 128: stopped as asked, with a checkpoint of each trial. The same command goes on in the next allocation.
 if [ -n "$asked_to_stop" ] && [ "$code" -gt 128 ]; then
     if ! job_goes_on; then
-        echo "Not requeued by this script: Slurm is ending the job (scancel, or preempted)." >&2
+        echo "Not requeued by this script: Slurm itself is ending the job (scancel, preemption, a lost node)." >&2
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$RESTARTS" ]; then
         echo "Not requeued: this job has been requeued $RESTARTS times (WORKBENCH_RESTARTS)." >&2
     elif ! scontrol requeue "$JOB"; then

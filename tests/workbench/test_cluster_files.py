@@ -196,7 +196,7 @@ exit """
         pytest.param(143, {}, "requeue 4711", "", id="stopped"),
         pytest.param(134, {}, "requeue 4711", "", id="before-it-could-listen"),
         pytest.param(143, {"FAKE_REQUEUE": "1"}, "requeue 4711", "same sbatch line", id="requeue-is-refused"),
-        pytest.param(143, {"FAKE_STATE": "COMPLETING"}, None, "Slurm is ending the job", id="cancelled"),
+        pytest.param(143, {"FAKE_STATE": "COMPLETING"}, None, "Slurm itself is ending", id="cancelled"),
         pytest.param(
             143,
             {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2"},
