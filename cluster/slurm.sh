@@ -89,6 +89,7 @@ on_nodes() { # COUNT, which, COMMAND...: become the srun of as many tasks, with 
 ON_NODE='
 rm -rf "$RAY_TMPDIR" && mkdir -m 700 "$RAY_TMPDIR" || exit 1
 trap "kill -TERM \$ray 2>/dev/null" TERM USR1
+ulimit -S -n "$(ulimit -H -n)" # the head holds some files open for each process of the cluster
 "$@" &
 ray=$!
 while kill -0 $ray 2>/dev/null; do wait $ray; done

@@ -239,6 +239,16 @@ def test_a_cancelled_driver_that_hangs_is_killed(slurm, tmp_path):
     assert not list((tmp_path / "nodes").iterdir())
 
 
+def test_a_stop_before_ray_is_there_is_a_stop(slurm, tmp_path):
+    """The signal does not wait for Ray's nodes; the job is requeued without its driver having worked."""
+    job = slurm(FAKE_WAIT='echo waiting >>"$FAKE_LOG"; exec sleep 300', FAKE_DRIVER="exec sleep 300")
+    wait_for(lambda: log_of(tmp_path, "waiting"), job)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 128 + signal.SIGTERM, err
+    assert log_of(tmp_path, "requeue") == ["requeue 4711"]
+
+
 def test_each_node_gets_ray_in_a_folder_of_its_own(slurm, tmp_path):
     """The others join the first where they see it; a step gets all cores of the job, and only the user its folder."""
     both = 'until [ "$(grep -c ^token "$FAKE_LOG")" -eq 2 ]; do sleep .1; done'
