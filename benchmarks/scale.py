@@ -16,6 +16,7 @@ from typing import Any
 from measure import table
 from trial_growth import STUDY, NoTrainer
 
+from workbench import durable
 from workbench.mlflow_mirror import Mirror
 from workbench.plan import make_plan
 from workbench.progress import Progress
@@ -46,8 +47,8 @@ def _look(count: int, folder: Path) -> dict[str, str]:
     execute(plan.specs[first], store.root, should_stop=lambda: False, trainer=trainer)
     for trial_id in others:
         shutil.copytree(store.trial_dir(first), store.trial_dir(trial_id))
-        result = store.trial_dir(trial_id) / "result.json"
-        result.write_text(result.read_text().replace(first, trial_id))
+        path = store.trial_dir(trial_id) / "result.json"
+        durable.write_derived(path, {**(durable.read_json(path) or {}), "trial_id": trial_id})
     states = {store.state(trial_id) for trial_id in plan.specs}
     if states != {"finished"}:
         raise RuntimeError(f"not what was to be measured: {states}")
@@ -61,7 +62,7 @@ def _look(count: int, folder: Path) -> dict[str, str]:
         ("first look of a command, s", lambda: Store(folder / "runs").results_for(plan)),
         ("each further look of it, s", lambda: store.results_for(plan)),
         ("a look of the progress lines, s", progress.update),
-        ("a look of the mirror, s", mirror._up_to_date),
+        ("a look of the mirror, s", lambda: mirror._sender.up_to_date(everything=False)),
     ):
         began = time.process_time()
         work()

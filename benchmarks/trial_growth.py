@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,6 @@ from measure import table
 
 from core.events import CheckpointSaved, EpochFinished, TrainingStarted
 from core.metrics import Metrics
-from workbench import execution, trial
 from workbench.mlflow_mirror import Mirror
 from workbench.plan import make_plan
 from workbench.progress import Progress
@@ -132,9 +130,9 @@ def measure(executor: str, count: int, folder: Path) -> dict[str, float]:
         (Mirror, "_loop", "mirror of MLflow"),
     ):
         _time_method(owner, name, spent, part)
-    _without_training()
     began = time.process_time()
-    options = Options(executor="ray" if executor == "ray" else "inline")
+    trainer: Any = NoTrainer()
+    options = Options(executor="ray" if executor == "ray" else "inline", trainer=trainer)
     code = run_study(plan, store, options, out=io.StringIO(), err=io.StringIO())
     spent["all of the driver"] = time.process_time() - began
     if code:
@@ -147,18 +145,10 @@ def _looks(plan: Plan, store: Store) -> dict[str, float]:
     (ref,) = store.studies()
     mirror, spent = Mirror(store, ref, plan, tracking_uri=None, warn=print), {}
     time.sleep(3)  # until the files are settled
-    mirror._up_to_date()
+    mirror._sender.up_to_date(everything=False)
     with _timed(spent, "a look of the mirror, all done"):
-        mirror._up_to_date()
+        mirror._sender.up_to_date(everything=False)
     return spent
-
-
-def _without_training() -> None:
-    run = partial(trial.execute, trainer=NoTrainer())
-    execution.execute = run
-    from workbench.ray_executor import tuner
-
-    tuner.execute = run
 
 
 def _time_method(owner: type, name: str, spent: dict[str, float], part: str) -> None:

@@ -41,9 +41,11 @@ stop() { # Slurm sends TERM three minutes before the wall time. A second one end
     if [ -n "$asked_to_stop" ]; then return 0; fi
     asked_to_stop=1
     if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi
-    if ! job_goes_on; then # and Ray is being ended, too: there is nothing to wait for
+    if ! job_goes_on; then # and Ray is being ended, too, on which the driver may hang: there is nothing to wait for
         sleep 1
         kill -TERM "$child" 2>/dev/null || true
+        sleep 2
+        kill -KILL "$child" 2>/dev/null || true
     fi
 }
 attend() { # COMMAND...: run it to its end and keep its exit code. A signal ends `wait`, not what is waited for
@@ -87,6 +89,7 @@ on_nodes() { # COUNT, which, COMMAND...: become the srun of as many tasks, with 
 ON_NODE='
 rm -rf "$RAY_TMPDIR" && mkdir -m 700 "$RAY_TMPDIR" || exit 1
 trap "kill -TERM \$ray 2>/dev/null" TERM USR1
+ulimit -S -n "$(ulimit -H -n)" # the head holds some files open for each process of the cluster
 "$@" &
 ray=$!
 while kill -0 $ray 2>/dev/null; do wait $ray; done
@@ -134,7 +137,7 @@ leave
 # Above 128: stopped as asked, with a checkpoint of each trial. The same command goes on in the next allocation.
 if [ -n "$asked_to_stop" ] && [ "$code" -gt 128 ]; then
     if ! job_goes_on; then
-        echo "Not requeued by this script: Slurm is ending the job (scancel, or preempted)." >&2
+        echo "Not requeued by this script: Slurm itself is ending the job (scancel, preemption, a lost node)." >&2
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$RESTARTS" ]; then
         echo "Not requeued: this job has been requeued $RESTARTS times (WORKBENCH_RESTARTS)." >&2
     elif ! scontrol requeue "$JOB"; then

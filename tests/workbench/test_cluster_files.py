@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -170,6 +171,13 @@ def slurm(toy_study, tmp_path):
     return start
 
 
+@pytest.fixture
+def short_folder():
+    """Return a folder with so short a name that sockets have room in it."""
+    with tempfile.TemporaryDirectory(prefix="wb", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def log_of(tmp_path, word):
     """Return the lines of what the tools were told that have a word."""
     return [line for line in (tmp_path / "log").read_text().splitlines() if word in line]
@@ -189,7 +197,7 @@ exit """
         pytest.param(143, {}, "requeue 4711", "", id="stopped"),
         pytest.param(134, {}, "requeue 4711", "", id="before-it-could-listen"),
         pytest.param(143, {"FAKE_REQUEUE": "1"}, "requeue 4711", "same sbatch line", id="requeue-is-refused"),
-        pytest.param(143, {"FAKE_STATE": "COMPLETING"}, None, "Slurm is ending the job", id="cancelled"),
+        pytest.param(143, {"FAKE_STATE": "COMPLETING"}, None, "Slurm itself is ending", id="cancelled"),
         pytest.param(
             143,
             {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2"},
@@ -221,6 +229,27 @@ def test_only_an_unfinished_study_is_requeued(slurm, tmp_path, code, slurm_says,
     assert not list((tmp_path / "nodes").iterdir())
 
 
+def test_a_cancelled_driver_that_hangs_is_killed(slurm, tmp_path):
+    """So that the script can clean up before Slurm kills it, too."""
+    job = slurm(FAKE_DRIVER=DRIVER.replace("stopped=1", ""), FAKE_STATE="COMPLETING")
+    wait_for(lambda: log_of(tmp_path, "driver began"), job)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=PATIENCE / 2)
+    assert job.returncode == 128 + signal.SIGKILL, err
+    assert not list((tmp_path / ".workbench").iterdir())
+    assert not list((tmp_path / "nodes").iterdir())
+
+
+def test_a_stop_before_ray_is_there_is_a_stop(slurm, tmp_path):
+    """The signal does not wait for Ray's nodes; the job is requeued without its driver having worked."""
+    job = slurm(FAKE_WAIT='echo waiting >>"$FAKE_LOG"; exec sleep 300', FAKE_DRIVER="exec sleep 300")
+    wait_for(lambda: log_of(tmp_path, "waiting"), job)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 128 + signal.SIGTERM, err
+    assert log_of(tmp_path, "requeue") == ["requeue 4711"]
+
+
 def test_each_node_gets_ray_in_a_folder_of_its_own(slurm, tmp_path):
     """The others join the first where they see it; a step gets all cores of the job, and only the user its folder."""
     both = 'until [ "$(grep -c ^token "$FAKE_LOG")" -eq 2 ]; do sleep .1; done'
@@ -231,11 +260,8 @@ def test_each_node_gets_ray_in_a_folder_of_its_own(slurm, tmp_path):
     assert "--head --node-ip-address=127.0.0.1 --port=24711 --include-dashboard=false --block --num-cpus=8" in head
     assert "start --address=127.0.0.1:24711 --block --num-cpus=8" in worker
     steps = log_of(tmp_path, "srun ")
-    assert [re.search("--(nodelist|exclude)=.....", step)[0] for step in steps] == [
-        "--nodelist=node2",
-        "--nodelist=node1",
-        "--exclude=node1",
-    ]
+    where = ("--exclude=node1", "--nodelist=node1", "--nodelist=node2")
+    assert sorted(re.search("--(nodelist|exclude)=.....", step)[0] for step in steps) == list(where)
     assert all("--cpus-per-task=8 " in step for step in steps)
     assert not list((tmp_path / "nodes").iterdir())
 
@@ -319,3 +345,20 @@ def test_a_job_that_ends_is_not_requeued(slurm, tmp_path):
     while time.monotonic() < give_up and members(job.pid):
         time.sleep(0.1)
     assert members(job.pid) == []
+
+
+@pytest.mark.ci
+def test_ray_takes_what_two_nodes_tell_it(slurm, short_folder):
+    """With Ray as it is, both nodes come before the driver begins; no folder of Ray is left on either."""
+    real = 'exec "$REAL_PYTHON" "$@"'
+    job = slurm(
+        SLURM_JOB_NUM_NODES="2",
+        FAKE_NODES=str(short_folder),
+        FAKE_RAY=real,
+        FAKE_WAIT=real,
+        FAKE_DRIVER='ls "$FAKE_NODES"',
+    )
+    out, err = job.communicate(timeout=2 * PATIENCE)
+    assert job.returncode == 0, err
+    assert out.split() == [f"node{number}-ray-{os.getuid()}-4711" for number in (1, 2)]
+    assert not list(short_folder.iterdir())
