@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,19 @@ def test_library_has_one_importer(library, owner):
     importers = {module for module, names in IMPORTS.items() if any(under(name, library) for name in names)}
     assert importers
     assert all(under(module, owner) for module in importers)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Each file can be read after those that it stands on, also where an import waits inside a function."""
+    used = {
+        module: {
+            name
+            for name in imports & IMPORTS.keys()
+            if not any(under(longer, name) for longer in imports & IMPORTS.keys() - {name})
+        }
+        for module, imports in IMPORTS.items()
+    }
+    assert list(TopologicalSorter(used).static_order())
 
 
 def test_dashboard_meets_the_workbench_in_one_file():

@@ -16,11 +16,11 @@ from workbench.attempts import Attempt
 from workbench.costs import Cost, Machine
 from workbench.durable import stamp
 from workbench.estimate import Estimate, estimate, kept
-from workbench.execution import StopRequest
 from workbench.labels import duration
 from workbench.progress import share
 from workbench.repeating import repeating
 from workbench.search import own_name
+from workbench.stopping import StopRequest
 from workbench.store import Store
 from workbench.study import Plan, PlannedTrial
 

@@ -166,7 +166,8 @@ def _warn_of_unreadable(problems: Iterable[str]) -> None:
 def _run(options: argparse.Namespace) -> int:
     plan = _planned(options, pictures_needed=True)
 
-    from workbench.runner import Options, run_study
+    from workbench.options import Options
+    from workbench.runner import run_study
     from workbench.store import Store
 
     chosen = Options(

@@ -14,8 +14,8 @@ from typing import Any
 from core.config import ExperimentConfig
 from workbench import durable
 from workbench.errors import WorkbenchError
-from workbench.execution import Resources, resources_for
 from workbench.records import StudyResults, TrialRecord
+from workbench.resources import Resources, resources_for
 from workbench.search import own_name, own_variants
 from workbench.store import Store
 from workbench.study import Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from workbench import commands
-from workbench.execution import Resources
+from workbench.resources import Resources
 from workbench.store import Store
 from workbench.study import PlannedTrial, Study
 from workbench.terminal import visible

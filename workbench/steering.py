@@ -2,7 +2,7 @@
 
 from workbench import attempts
 from workbench.errors import WorkbenchError
-from workbench.execution import Wish, ask, wish
+from workbench.stopping import Wish, ask, wish
 from workbench.store import Store
 from workbench.study import Plan
 

@@ -10,9 +10,10 @@ from gate import Gate
 from toys import Poison, ToyTrainer, toy_plan
 
 from workbench.errors import WorkbenchError
+from workbench.options import Options
 from workbench.placement import Demand
 from workbench.ray_executor import cluster, tuner
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study import Plan
 

@@ -20,7 +20,8 @@ from toys import Poison, ToyTrainer, toy_plan
 
 from workbench import disk, durable, report, status
 from workbench.errors import WorkbenchError
-from workbench.runner import Options, Run
+from workbench.options import Options
+from workbench.run import Run
 from workbench.store import Store
 from workbench.study import Plan
 from workbench.trial import complete, execute

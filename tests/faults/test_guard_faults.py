@@ -12,7 +12,8 @@ from faults import Fault, Seen, cases
 from toys import STUDY, TINY, ToyTrainer, toy_plan
 
 from workbench import lineage, provenance
-from workbench.runner import Options, run_study
+from workbench.options import Options
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.trial import execute
 

@@ -25,8 +25,9 @@ from workbench.fetch import fetch
 from workbench.mirror_content import Feed
 from workbench.mlflow_mirror import default_uri, mirror, sync
 from workbench.mlflow_mirror.api import Api, answered, connect
+from workbench.options import Options
 from workbench.report import render
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study import Plan
 

@@ -20,8 +20,8 @@ from toys import STUDY, TINY, executed
 from core.events import TrainingStarted
 from workbench import attempts
 from workbench.durable import EventReader
-from workbench.execution import ask
 from workbench.ray_executor import measuring
+from workbench.stopping import ask
 from workbench.store import STOP_FILE
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from toys import ToyTrainer, run_toy, toy_plan
 
 from workbench import attempts, durable
 from workbench.errors import WorkbenchError
-from workbench.execution import StopNow, StopRequest, ask, wish
-from workbench.runner import Run
+from workbench.run import Run
 from workbench.steering import steer
+from workbench.stopping import StopNow, StopRequest, ask, wish
 from workbench.store import Store
 
 

@@ -27,8 +27,9 @@ from core.events import CheckpointPassedOver, CheckpointSaved, Diverged, EpochFi
 from core.metrics import Metrics
 from workbench import attempts, execution, lease, runner, slots
 from workbench.execution import Job
+from workbench.options import Options
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.slots import Slot, task_for
 from workbench.store import Store
 from workbench.study import Plan

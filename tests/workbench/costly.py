@@ -3,10 +3,12 @@
 import io
 from dataclasses import replace
 
-from workbench import bands, budget, durable, gate, runner
+from workbench import bands, budget, durable, gate
+from workbench import run as driving
 from workbench.costs import Machine, probe_file
+from workbench.options import Options
 from workbench.published import Published
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.search import own_variants
 
 GPUS = 3600.0  # of a trial, so that a second is a GPU-hour
@@ -25,7 +27,7 @@ def run(plan, store, trainer, **options):
 def hold_gpus(monkeypatch):
     """Let every attempt hold `GPUS`, and every run plan with them and watch its limits closely."""
     monkeypatch.setattr(budget, "gpus_of", lambda _: GPUS)
-    monkeypatch.setattr(runner, "machine_of", lambda *_, **__: replace(ON_GPUS, at_once=1))
+    monkeypatch.setattr(driving, "machine_of", lambda *_, **__: replace(ON_GPUS, at_once=1))
     monkeypatch.setattr(budget, "WATCH_SECONDS", 0.05)
 
 

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 import pytest
 from costly import ON_GPUS, costing, hold_gpus, run
 
-from workbench import attempts, budget, durable, runner
+from workbench import attempts, budget, durable, gate
 from workbench.attempts import Attempt
 from workbench.budget import Budget, Meter, gpu_seconds, watching
 from workbench.costs import Machine
 from workbench.errors import LIMIT_REACHED
-from workbench.execution import StopRequest
 from workbench.processes import Process
+from workbench.stopping import StopRequest
 
 GONE = Process(host=Process.current().host, boot="an earlier one", pid=1, started=1)
 
@@ -50,7 +50,7 @@ def vars_of(process):
 def on_gpus(monkeypatch):
     """Let every trial hold GPUs, and ask for no gate."""
     hold_gpus(monkeypatch)
-    monkeypatch.setattr(runner.gate, "require", lambda *_, **__: None)
+    monkeypatch.setattr(gate, "require", lambda *_, **__: None)
 
 
 @pytest.fixture

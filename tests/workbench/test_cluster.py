@@ -9,9 +9,9 @@ import pytest
 from core import numerics
 from workbench import provenance
 from workbench.errors import WorkbenchError
-from workbench.execution import StopNow
 from workbench.placement import Demand, Machine
 from workbench.ray_executor import cluster, probe
+from workbench.stopping import StopNow
 
 NODES = {"a1": Machine(name="a (10.0.0.1, node a1)", cores=8, gpus=2), "b2": Machine(name="b", cores=4, gpus=0)}
 

@@ -10,8 +10,8 @@ from core.detector import build_detector
 from workbench import disk
 from workbench.disk import Size
 from workbench.errors import StoreError, WorkbenchError
-from workbench.execution import StopRequest
 from workbench.labels import size
+from workbench.stopping import StopRequest
 from workbench.trial import execute
 
 

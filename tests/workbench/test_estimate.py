@@ -13,8 +13,9 @@ from workbench import cli, durable, estimate, expenses, probe
 from workbench.costs import Machine, machine_for, probe_file, trial_costs
 from workbench.durable import write_json
 from workbench.errors import WorkbenchError
+from workbench.options import Options
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 from workbench.template import Template

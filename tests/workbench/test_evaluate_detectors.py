@@ -28,8 +28,9 @@ from core.detector import build_detector
 from core.evaluation.score import evaluate as evaluate_trial
 from core.seeding import torch_stream
 from workbench import durable
+from workbench.options import Options
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 

@@ -6,8 +6,9 @@ import json
 import pandas as pd
 import pytest
 
+from workbench.options import Options
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.study_file import Selection, load_study
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there

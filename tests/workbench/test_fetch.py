@@ -11,9 +11,10 @@ from rated import SEARCH, SETS, RatedTrainer
 from dashboard import load
 from workbench.fetch import fetch
 from workbench.mlflow_mirror import default_uri, sync
+from workbench.options import Options
 from workbench.plan import make_plan
 from workbench.report import render
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 from workbench.trial import execute

@@ -5,13 +5,13 @@ import json
 import pytest
 from costly import costing, passed, recorded, with_band
 
-from workbench import gate, runner
+from workbench import gate, report
 from workbench.budget import Budget
 from workbench.costs import Machine
 from workbench.errors import WorkbenchError
-from workbench.execution import StopRequest
 from workbench.options import Options
 from workbench.plan import make_plan
+from workbench.stopping import StopRequest
 from workbench.study_file import Selection, load_study
 
 
@@ -94,7 +94,7 @@ def test_going_around_the_gate_is_kept_and_reported(dear, store, plan):
     required(dear(250), without_gate=True)
     kept = json.loads((store.study_dir(plan) / "without_gate.json").read_text())
     assert [item["reason"] for item in kept["reasons"]] == [reason]
-    facts = list(runner.report.contents(store.results_for(plan)).facts)
+    facts = list(report.contents(store.results_for(plan)).facts)
     assert any(fact.startswith("Run without a gate since ") and reason in fact for fact in facts)
 
 

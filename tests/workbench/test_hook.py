@@ -13,7 +13,8 @@ import pytest
 
 from workbench import cli, hook
 from workbench.errors import WorkbenchError
-from workbench.runner import Options, run_study
+from workbench.options import Options
+from workbench.runner import run_study
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 TOLD = {"event": "done", "study": "toy", "profile": "smoke", "exit_code": 0, "report": None}

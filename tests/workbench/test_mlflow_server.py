@@ -13,7 +13,8 @@ from mlflow_server import Door, shared_server
 from workbench.errors import WorkbenchError
 from workbench.fetch import fetch
 from workbench.mlflow_mirror import sync
-from workbench.runner import Options, run_study
+from workbench.options import Options
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.tracking import PASSWORD, TOKEN, USER
 

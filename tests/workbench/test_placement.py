@@ -6,8 +6,8 @@ import pytest
 
 from core.config import CocoFolder
 from workbench.errors import WorkbenchError
-from workbench.execution import resources_for
 from workbench.placement import Demand, Machine, demand_of, places
+from workbench.resources import resources_for
 from workbench.study import Execution
 
 

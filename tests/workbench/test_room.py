@@ -8,7 +8,7 @@ import pytest
 
 from workbench.errors import WorkbenchError
 from workbench.placement import Demand, Machine
-from workbench.ray_executor import tuner
+from workbench.ray_executor import session
 from workbench.ray_executor.room import PATIENCE_SECONDS, TOLD_AFTER_SECONDS, TOLD_AGAIN_SECONDS, Room
 
 LARGE, SMALL = Machine(name="large", cores=8, gpus=0), Machine(name="small", cores=2, gpus=0)
@@ -88,8 +88,8 @@ def test_a_study_does_not_wait_for_ever(watched):
 def test_a_full_disk_of_rays_session_is_not_taken_for_that_of_the_records(tmp_path, monkeypatch, free, told):
     """What the system refuses without naming a file is told of the disk that is full."""
     node = SimpleNamespace(get_session_dir_path=lambda: str(tmp_path))
-    monkeypatch.setattr(tuner.worker, "_global_node", node)
+    monkeypatch.setattr(session.worker, "_global_node", node)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with pytest.raises(told) as caught, tuner._full_disk_in_words():
+    with pytest.raises(told) as caught, session._full_disk_in_words():
         raise OSError(errno.ENOSPC, "No space left on device")
     assert str(caught.value).startswith(f"{tmp_path}: no space left on the disk where Ray") == (told is WorkbenchError)

@@ -21,8 +21,9 @@ from workbench import runner
 from workbench.durable import EventReader
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import run_inline
+from workbench.options import Options
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 from workbench.trial import execute

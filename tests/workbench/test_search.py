@@ -14,11 +14,12 @@ from dashboard import load
 from workbench import attempts, durable, forecast, report, status, suggestions
 from workbench.commands import next_run
 from workbench.errors import StoreError, WorkbenchError
-from workbench.execution import ask
+from workbench.options import Options
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.search import at_border, outcomes
 from workbench.searching import Searching
+from workbench.stopping import ask
 from workbench.store import Store
 from workbench.study import Dimension, Search
 from workbench.study_file import Selection, load_study

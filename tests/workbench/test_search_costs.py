@@ -10,8 +10,8 @@ from workbench import budget, estimate, forecast, gate
 from workbench.budget import Budget, Meter
 from workbench.costs import Machine
 from workbench.errors import LIMIT_REACHED, WorkbenchError
-from workbench.execution import StopRequest
 from workbench.plan import make_plan
+from workbench.stopping import StopRequest
 from workbench.study_file import Selection, load_study
 
 

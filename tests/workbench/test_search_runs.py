@@ -14,7 +14,7 @@ from rated import SEARCH, SETS
 from toys import executed
 
 from workbench import attempts
-from workbench.execution import ask
+from workbench.stopping import ask
 from workbench.store import STOP_FILE, Store
 
 pytestmark = pytest.mark.ci
@@ -26,10 +26,11 @@ import os
 import sys
 from pathlib import Path
 from rated import SETS, RatedTrainer
-from workbench import budget, runner
+from workbench import budget, run
 from workbench.costs import Machine
 from workbench.plan import make_plan
-from workbench.runner import Options, run_study
+from workbench.options import Options
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 from toys import Poison
@@ -37,7 +38,7 @@ study, runs, *cap = sys.argv[1:]
 if cap:  # each trial is said to hold so many GPUs that a second is a GPU-hour
     budget.gpus_of = lambda _: 3600.0
     budget.WATCH_SECONDS = 0.2
-    runner.machine_of = lambda *_, **__: Machine(device="cpu", at_once=2, gpus=3600.0)
+    run.machine_of = lambda *_, **__: Machine(device="cpu", at_once=2, gpus=3600.0)
 plan = make_plan(load_study(Path(study), Selection(profile="smoke", sets=SETS)))
 poisons = (Poison(kind="oom", step=2, marker=Path(os.environ["STRUCK"])),) if "STRUCK" in os.environ else ()
 options = Options(

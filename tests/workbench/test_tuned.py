@@ -8,8 +8,9 @@ from rated import SEARCH, SETS, RatedTrainer
 
 from workbench import cli, report
 from workbench.errors import StudyFileError, WorkbenchError
+from workbench.options import Options
 from workbench.plan import make_plan, plan_from_json, plan_to_json
-from workbench.runner import Options, run_study
+from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study_file import Selection, load_study
 

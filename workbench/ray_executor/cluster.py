@@ -25,11 +25,12 @@ from core import numerics
 from core.config import pretrained_backbone
 from workbench import durable, provenance
 from workbench.errors import WorkbenchError
-from workbench.execution import Resources, StopNow
 from workbench.placement import Demand, Machine, at_once, demand_of, places
 from workbench.plan import weights_file
 from workbench.ray_executor import probe
 from workbench.ray_executor.output import output_to
+from workbench.resources import Resources
+from workbench.stopping import StopNow
 from workbench.study import Execution, TrialSpec
 
 CHECK_SECONDS = 600.0

@@ -11,7 +11,7 @@ from workbench import gate
 from workbench.budget import watching
 from workbench.errors import LIMIT_REACHED, WorkbenchError
 from workbench.labels import METRICS, POINTS
-from workbench.runner import Run
+from workbench.run import Run
 from workbench.search import Configuration, Tried
 from workbench.search_report import told
 from workbench.searching import Searching
