@@ -82,7 +82,7 @@ for ref in store.studies():
     "decide": PLANNED
     + """
 from workbench.options import Options
-from workbench.run import Run
+from workbench.driving import Run
 ref = store.register(plan, source="")
 run = Run(plan, store, ref, wishes=ref.path / "wish", options=Options(executor="inline"), err=io.StringIO())
 store.results_for(plan)
@@ -92,7 +92,7 @@ run.house.prepare(plan, run._candidates(plan.trials), at_once=1)
     "decide, judge and report": PLANNED
     + """
 from workbench.options import Options
-from workbench.run import Run
+from workbench.driving import Run
 ref = store.register(plan, source="")
 run = Run(plan, store, ref, wishes=ref.path / "wish", options=Options(executor="inline"), err=io.StringIO())
 assert run.looks() == 0

@@ -24,11 +24,11 @@ from measure import table
 
 from core.events import CheckpointSaved, EpochFinished, TrainingStarted
 from core.metrics import Metrics
+from workbench.driving import Run
 from workbench.mlflow_mirror import Mirror
 from workbench.options import Options
 from workbench.plan import make_plan
 from workbench.progress import Progress
-from workbench.run import Run
 from workbench.runner import run_study
 from workbench.store import Store
 from workbench.study import Plan

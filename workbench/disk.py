@@ -169,36 +169,27 @@ def free_bytes(folder: Path) -> int:
 def watched(
     runs: Path, *, on_low: Callable[[str], None], also: Callable[[], None], on_error: Callable[[Exception], None]
 ) -> AbstractContextManager[None]:
-    """Look at the free space now and then within the block; call `on_low` once, with a line that says what is wrong.
+    """Look at the free space now and then within the block; call `on_low` once, with a line that says what is low.
 
-    `also` is called as often: it may make room, and what the file system refuses it counts as wrong, too. `on_error` is
-    told of any other error. All of them are called in a thread of its own.
+    `also` is called as often: it may make room. `on_error` is told what could not be done, and it is tried again: a
+    file system that is away for a while ends no study. All of them are called in a thread of its own.
     """
     told = False
 
     def look() -> None:
         nonlocal told
-        problem = _problem(runs, also)
-        if problem is not None and not told:
-            told = True
-            on_low(problem)
+        try:
+            also()
+        finally:
+            free = free_bytes(runs)
+            if free < RESERVE_BYTES and not told:
+                told = True
+                on_low(
+                    f"{runs}: {size(free)} are free, less than the {size(RESERVE_BYTES)} that are to stay free: "
+                    "stopping. Make room, then give the same command again."
+                )
 
     return repeating(look, every=WATCH_SECONDS, name="disk", on_error=on_error)
-
-
-def _problem(runs: Path, also: Callable[[], None]) -> str | None:
-    try:
-        also()
-        free = free_bytes(runs)
-    except OSError as error:
-        found = f"{error.filename or runs}: {(error.strerror or str(error)).lower()}"
-        return f"{found}: stopping. Mend that, then give the same command again."
-    except StoreError as error:
-        return f"Stopping, since {error}"
-    if free >= RESERVE_BYTES:
-        return None
-    found = f"{runs}: {size(free)} are free, less than the {size(RESERVE_BYTES)} that are to stay free"
-    return f"{found}: stopping. Make room, then give the same command again."
 
 
 @contextmanager

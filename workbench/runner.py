@@ -8,9 +8,9 @@ from typing import TextIO
 
 from workbench import disk, hook
 from workbench.contacts import refuse_credentials
+from workbench.driving import Run
 from workbench.errors import StoreError
 from workbench.options import Options
-from workbench.run import Run
 from workbench.screen import kept, line_to
 from workbench.search_run import SearchRun
 from workbench.store import Store

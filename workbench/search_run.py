@@ -9,9 +9,9 @@ from typing import Any
 
 from workbench import gate
 from workbench.budget import watching
+from workbench.driving import Run
 from workbench.errors import LIMIT_REACHED, WorkbenchError
 from workbench.labels import METRICS, POINTS
-from workbench.run import Run
 from workbench.search import Configuration, Tried
 from workbench.search_report import told
 from workbench.searching import Searching

@@ -12,16 +12,15 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from toys import Poison, ToyTrainer, toy_plan
 
 from workbench import disk, durable, report, status
+from workbench.driving import Run
 from workbench.errors import WorkbenchError
 from workbench.options import Options
-from workbench.run import Run
 from workbench.store import Store
 from workbench.study import Plan
 from workbench.trial import complete, execute
@@ -142,8 +141,7 @@ def _as_run(store: Store, plan: Plan) -> None:
     """Decide as `run` does, up to the first trial."""
     with disk.in_words(store.root):
         ref = store.register(plan, source="")
-    nobody: Any = SimpleNamespace(tracking_uri="")
-    run = Run(plan, store, ref, nobody, options=Options(executor="inline"), err=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    run = Run(plan, store, ref, wishes=ref.path / "wish", options=Options(executor="inline"), err=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     with run.err, disk.in_words(store.root):
         store.results_for(plan)
         store.start_look(ref, 1)

@@ -22,7 +22,6 @@ from workbench import attempts
 from workbench.durable import EventReader
 from workbench.ray_executor import measuring
 from workbench.stopping import ask
-from workbench.store import STOP_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -144,11 +143,11 @@ def test_a_pause_and_a_ctrl_c_reach_all_processes(start):
     drive = start(steps=400, seconds=0.1)
     under_way(drive)
     (folder,) = drive.place.glob("runs/studies/*/*/*/")
-    ask(folder / STOP_FILE, "pause")
+    ask(attempts.wish_file(folder, 1), "pause")
     wait_for(lambda: "Paused, with no trial at work" in drive.told())
     assert_no_process_left(drive)
     done = len(executed(drive.folders()[0]))
-    ask(folder / STOP_FILE, None)
+    ask(attempts.wish_file(folder, 1), None)
     under_way(drive, beyond=done + EVERY)
     drive.process.send_signal(signal.SIGINT)
     assert drive.wait()["exit"] == 130, drive.told()

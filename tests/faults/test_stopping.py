@@ -11,8 +11,8 @@ from drivers import start, steps_of, wait_for
 from toys import ToyTrainer, run_toy, toy_plan
 
 from workbench import attempts, durable
+from workbench.driving import Run
 from workbench.errors import WorkbenchError
-from workbench.run import Run
 from workbench.steering import steer
 from workbench.stopping import StopNow, StopRequest, ask, wish
 from workbench.store import Store

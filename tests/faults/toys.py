@@ -25,7 +25,7 @@ import numpy as np
 from core.checkpoint_files import PassedOver
 from core.events import CheckpointPassedOver, CheckpointSaved, Diverged, EpochFinished, StepsTaken, TrainingStarted
 from core.metrics import Metrics
-from workbench import attempts, execution, lease, runner, slots
+from workbench import attempts, driving, execution, lease, slots
 from workbench.execution import Job
 from workbench.options import Options
 from workbench.plan import make_plan
@@ -299,9 +299,9 @@ def run_toy(
     """
     out, err = io.StringIO(), io.StringIO()
     chosen = Options(**{"executor": "inline", "trainer": trainer, "tracking_uri": NOWHERE, **options})
-    run = execution.run_inline if inline else partial(_run_in_slot, patience=patience)
-    mirror = runner.Mirror if "tracking_uri" in options else _NoMirror
-    with mock.patch.multiple(runner, run_inline=run, Mirror=mirror):
+    inlined = execution.run_inline if inline else partial(_run_in_slot, patience=patience)
+    mirror = driving.Mirror if "tracking_uri" in options else _NoMirror
+    with mock.patch.multiple(driving, run_inline=inlined, Mirror=mirror):
         code = run_study(plan, store, chosen, out=out, err=sys.stderr if shown else err)
     return code, out.getvalue(), err.getvalue()
 

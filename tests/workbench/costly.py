@@ -3,8 +3,7 @@
 import io
 from dataclasses import replace
 
-from workbench import bands, budget, durable, gate
-from workbench import run as driving
+from workbench import bands, budget, driving, durable, gate
 from workbench.costs import Machine, probe_file
 from workbench.options import Options
 from workbench.published import Published

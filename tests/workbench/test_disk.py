@@ -72,7 +72,8 @@ def test_a_quota_bounds_what_is_needed_and_has_a_least(toy_plan, store, monkeypa
         _check(toy_plan, store, monkeypatch, free=10**12, quota=299)
 
 
-def test_low_space_is_told_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("refused", [OSError("Stale file handle"), StoreError("result.json: cannot be read")])
+def test_low_space_is_told_once(tmp_path, monkeypatch, refused):
     """The watch says once how much is left, and goes on making room, also when it could not for a while."""
     monkeypatch.setattr(disk, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
@@ -83,38 +84,12 @@ def test_low_space_is_told_once(tmp_path, monkeypatch):
         if len(rounds) == 4:
             enough.set()
         if len(rounds) < 3:
-            raise OSError("Stale file handle")
+            raise refused
 
     with disk.watched(tmp_path, on_low=told.append, also=also, on_error=errors.append):
         assert enough.wait(timeout=10)
     assert (len(told), len(errors)) == (1, 2)
     assert "1.0 kB are free, less than the 256 MB that are to stay free: stopping" in told[0]
-
-
-@pytest.mark.parametrize(
-    ("refused", "said"),
-    [
-        (
-            PermissionError(errno.EACCES, "Permission denied", "trials/theirs"),
-            "trials/theirs: permission denied: stopping. Mend that, then give the same command again.",
-        ),
-        (StoreError("result.json: cannot be read"), "Stopping, since result.json: cannot be read"),
-    ],
-)
-def test_what_cannot_be_looked_after_stops_the_run_too(tmp_path, monkeypatch, refused, said):
-    """When room cannot be made, as in somebody else's folder, that is told and the watch goes on."""
-    monkeypatch.setattr(disk, "WATCH_SECONDS", 0.01)
-    told, rounds, enough = [], [], threading.Event()
-
-    def also():
-        rounds.append(1)
-        if len(rounds) == 3:
-            enough.set()
-        raise refused
-
-    with disk.watched(tmp_path, on_low=told.append, also=also):
-        assert enough.wait(timeout=10)
-    assert told == [said]
 
 
 def test_a_stop_is_asked_for_though_nothing_can_be_written(tmp_path):

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from workbench import runner
+from workbench import driving
 from workbench.durable import EventReader
 from workbench.errors import StoreError, WorkbenchError
 from workbench.execution import run_inline
@@ -152,7 +152,7 @@ def test_trials_that_somebody_else_has_just_computed_are_no_reason_to_give_up(to
             run_inline(job)
         given.append(len(job.specs))
 
-    with mock.patch.object(runner, "run_inline", too_late):
+    with mock.patch.object(driving, "run_inline", too_late):
         code, _, err = run(toy_plan, store, trainer=toy_trainer())
     assert (code, given) == (0, [4, 3])
     assert "No trial could be started" not in err
@@ -196,7 +196,7 @@ def test_what_is_said_while_a_table_is_drawn_stays_on_the_screen(toy_plan, store
 
 def test_an_executor_that_begins_nothing_is_told(toy_plan, store):
     """No endless loop, and no talk of failed trials: none was tried."""
-    with mock.patch.object(runner, "run_inline"):
+    with mock.patch.object(driving, "run_inline"):
         code, _, err = run(toy_plan, store)
     assert code == 1
     assert "No trial could be started" in err

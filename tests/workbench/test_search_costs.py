@@ -10,6 +10,7 @@ from workbench import budget, estimate, forecast, gate
 from workbench.budget import Budget, Meter
 from workbench.costs import Machine
 from workbench.errors import LIMIT_REACHED, WorkbenchError
+from workbench.options import Options
 from workbench.plan import make_plan
 from workbench.stopping import StopRequest
 from workbench.study_file import Selection, load_study
@@ -73,7 +74,7 @@ def test_a_gate_is_asked_for_by_what_all_configurations_cost(plan, store, tmp_pa
     machine = Machine(device="cpu", at_once=1, gpus=1.0)
     asked = Budget(plan, store, machine=machine, gpu_hours=None, stop=stop, say=print)
     with pytest.raises(WorkbenchError, match="160 GPU-hours are expected"):
-        gate.require(asked, until_decided=False, without_gate=False, allow_code=False, say=print)
+        gate.require(asked, Options(), say=print)
 
 
 def test_a_complete_search_needs_no_gate(plan, store, monkeypatch):

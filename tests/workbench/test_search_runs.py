@@ -15,7 +15,7 @@ from toys import executed
 
 from workbench import attempts
 from workbench.stopping import ask
-from workbench.store import STOP_FILE, Store
+from workbench.store import Store
 
 pytestmark = pytest.mark.ci
 
@@ -26,7 +26,7 @@ import os
 import sys
 from pathlib import Path
 from rated import SETS, RatedTrainer
-from workbench import budget, run
+from workbench import budget, driving
 from workbench.costs import Machine
 from workbench.plan import make_plan
 from workbench.options import Options
@@ -38,7 +38,7 @@ study, runs, *cap = sys.argv[1:]
 if cap:  # each trial is said to hold so many GPUs that a second is a GPU-hour
     budget.gpus_of = lambda _: 3600.0
     budget.WATCH_SECONDS = 0.2
-    run.machine_of = lambda *_, **__: Machine(device="cpu", at_once=2, gpus=3600.0)
+    driving.machine_of = lambda *_, **__: Machine(device="cpu", at_once=2, gpus=3600.0)
 plan = make_plan(load_study(Path(study), Selection(profile="smoke", sets=SETS)))
 poisons = (Poison(kind="oom", step=2, marker=Path(os.environ["STRUCK"])),) if "STRUCK" in os.environ else ()
 options = Options(
@@ -133,14 +133,14 @@ def test_a_paused_search_waits_and_goes_on_and_so_does_one_that_is_stopped(tmp_p
     with said.open("w") as stderr, _start(study, runs, stderr=stderr) as driver:
         _await(driver, lambda: any(_steps(runs).values()))
         (folder,) = runs.glob("studies/rates/smoke/*")
-        ask(folder / STOP_FILE, "pause")
+        ask(attempts.wish_file(folder, 1), "pause")
         _await(
             driver, lambda: "Paused, with no trial at work. To go on: python -m workbench resume" in said.read_text()
         )
         before = _steps(runs)
         time.sleep(1)
         assert _steps(runs) == before
-        ask(folder / STOP_FILE, None)
+        ask(attempts.wish_file(folder, 1), None)
         _await(driver, lambda: len(list(runs.glob("trials/*/result.json"))) >= 2)
         _await(driver, lambda: any(store.state(name) == "running" for name in _steps(runs)))
         driver.send_signal(signal.SIGINT)
