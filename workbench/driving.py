@@ -111,6 +111,7 @@ class Run:
             if not interrupted:
                 self.say_spending()
         except Exception as error:
+            self.mirror.finish(limit=FLUSH_STOPPED_SECONDS)
             self.call_hook(getattr(error, "exit_code", 1))
             raise
         self.call_hook(code)

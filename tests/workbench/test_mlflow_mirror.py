@@ -7,9 +7,13 @@ import pytest
 from mirroring import api_of, curve, fail, run, runs_of, sender_of, unexpected
 
 from core.events import StepsTaken
+from workbench import driving
 from workbench.durable import EventWriter
+from workbench.errors import WorkbenchError
 from workbench.mirror_content import milliseconds
 from workbench.mlflow_mirror import Mirror, sync
+from workbench.options import Options
+from workbench.runner import run_study
 from workbench.verdict import judge
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that MLflow imports
@@ -59,6 +63,20 @@ def test_a_finished_study_is_all_there(store, toy_plan, toy_trainer, client, ref
         item.path for item in client.list_artifacts(parent.info.run_id)
     }
     assert store.results(ref).mlflow["runs"].keys() == set(toy_plan.specs)
+
+
+@pytest.mark.ci
+def test_a_run_that_ends_by_an_error_is_not_shown_as_running(store, toy_plan, client, monkeypatch):
+    """What the executor raises ends the run in MLflow, too."""
+
+    def broken(_job):
+        raise WorkbenchError("the cluster is gone")
+
+    monkeypatch.setattr(driving, "run_inline", broken)
+    with pytest.raises(WorkbenchError, match="the cluster is gone"):
+        run_study(toy_plan, store, Options(executor="inline"), out=io.StringIO(), err=io.StringIO())
+    (parent,) = runs_of(client, "plan").values()
+    assert parent.info.status == "KILLED"
 
 
 @pytest.mark.ci
