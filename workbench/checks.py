@@ -146,8 +146,8 @@ def looks(plain: Plain | None) -> list[Plain]:
 
 def mirror(plain: Plain | None) -> Plain | None:
     """Return where an mlflow.json says that a study is in MLflow; None for any other content."""
-    found = _valid(_MIRROR, plain)
-    return None if found is None else {**found}
+    own = {key: plain[key] for key in _Mirror.__annotations__ if key in plain} if plain else None
+    return own if _valid(_MIRROR, own) is not None else None  # what else is in it is the mirror's own affair
 
 
 def verdicts(plain: Plain | None) -> tuple[Verdict, ...]:
