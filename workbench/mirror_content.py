@@ -160,7 +160,14 @@ def started(results: StudyResults) -> tuple[PlannedTrial, ...]:
 
 def reached(record: TrialRecord) -> list[Any]:
     """What MLflow has of a trial once all of it is sent."""
-    return [record.state, record.attempts, record.step, sorted(record.metrics), round(record.total_seconds, 3)]
+    return [
+        record.state,
+        record.attempts,
+        record.step,
+        sorted(record.metrics),
+        round(record.total_seconds, 3),
+        ended_at(record),
+    ]
 
 
 def study_reached(results: StudyResults, ref: StudyRef, *, over: bool) -> list[Any]:
