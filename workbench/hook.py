@@ -115,10 +115,10 @@ def _post(url: str, payload: bytes) -> str | None:
     )
     try:
         with urllib.request.urlopen(request, timeout=URL_SECONDS) as answer:
+            if answer.url == request.full_url:
+                return None
             # Sent elsewhere, a POST arrives as a GET without its body, and looks as if it had been taken.
-            return (
-                None if answer.url == request.full_url else "it redirects; name the address that takes the news itself"
-            )
+            return "it redirects; name the address that takes the news itself"
     except urllib.error.HTTPError as error:
         error.close()
         return f"it answered {error.code}"

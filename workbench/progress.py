@@ -71,7 +71,7 @@ class Progress:
         self._before = records
 
     def _skip(self, error: Exception) -> None:
-        """Leave a drawing out: the next one, or the last, which raises, meets what stays wrong."""
+        """Leave a drawing out: what stays wrong is met by the last one, which raises it where the driver sees it."""
 
     def _read(self) -> dict[str, TrialRecord]:
         for trial in self._trials:

@@ -7,6 +7,7 @@ from pathlib import Path
 from workbench import yaml12
 from workbench.overrides import Assignment, Layer, read_layer
 from workbench.problems import Place, Problems
+from workbench.study import SELECTION_OPTIONS
 from workbench.tracking import problem_with as problem_with_uri
 from workbench.yaml12 import Document
 
@@ -32,16 +33,17 @@ class Selection:
 
         An address in which a password stands is left out.
         """
-        uri = self.tracking_uri
-        given = [
-            ("--profile", self.profile),
-            ("--data", self.data),
-            ("--variants", self.variants and ",".join(self.variants)),
-            ("--seeds", self.seeds),
-            *(("--set", text) for text in self.sets),
-            ("--budget", self.budget),
-            ("--tracking-uri", None if uri is None or problem_with_uri(uri) else uri),
-        ]
+        uri, variants = self.tracking_uri, self.variants and ",".join(self.variants)
+        values = (
+            [self.profile],
+            [self.data],
+            [variants],
+            [self.seeds],
+            self.sets,
+            [self.budget],
+            [None if uri is None or problem_with_uri(uri) else uri],
+        )
+        given = [(option, one) for option, own in zip(SELECTION_OPTIONS, values, strict=True) for one in own]
         return tuple(word for option, value in given if value is not None for word in (option, str(value)))
 
 

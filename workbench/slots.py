@@ -142,7 +142,7 @@ class Slot:
             return
         silence = lease.silent_for(attempts.beat_file(self._store.trial_dir(trial_id), last.number))
         if silence > lease.EXPIRY_SECONDS and last.worker.alive():
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):  # it has ended since we looked
                 os.kill(last.worker.pid, signal.SIGKILL)
 
     # After

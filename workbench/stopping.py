@@ -94,8 +94,8 @@ class StopRequest:
             self._announce("Stopping: each trial finishes its step and writes a checkpoint. Once more to stop at once.")
 
     def _pass_on(self) -> None:
-        """Tell the workers. On a disk that takes no file they end with the driver, without a last checkpoint."""
-        with suppress(OSError):
+        """Tell the workers."""
+        with suppress(OSError):  # of a full disk: they then end with the driver, without a last checkpoint
             ask(self.path, "stop")
 
 

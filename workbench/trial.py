@@ -305,7 +305,7 @@ class _Work:
                 message = f"no step and no scored batch for longer than execution.stall_after allows; {where}"
                 self._record_error("stalled", "Stalled", message, trace)
                 self._end("failed", "stalled")
-        finally:
+        finally:  # also when nothing can be put on record: who waits for this process has its exit code
             os._exit(_STALLED)
 
     def _spent(self) -> tuple[float, float]:

@@ -122,7 +122,7 @@ def test_visible_gpus_are_those_that_are_named(monkeypatch, shown, names):
 def tree(monkeypatch, tmp_path):
     """Return a working tree of git that holds a package of the name core."""
     if shutil.which("git") is None:
-        pytest.skip("there is no git")
+        pytest.skip("needs git, whose working tree is looked at: apt-get install git")
     (tmp_path / "core").mkdir()
     (tmp_path / "core" / "config.py").write_text("WIDTH = 1\n")
     for command in (["init", "-q"], ["add", "core"], ["commit", "-qm", "first"]):

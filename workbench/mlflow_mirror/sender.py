@@ -41,9 +41,7 @@ class Sender:
         self._feeds: dict[str, Feed] = {}
         self._running: dict[str, int] = {}  # key -> the attempt that MLflow knows to be running
         self._without_files: Exception | None = None  # why none can be kept in this round
-        self._runs: dict[str, dict[str, str]] | None = (
-            None  # of trials, as MLflow has them: id -> tags; None: not asked
-        )
+        self._runs: dict[str, dict[str, str]] | None = None  # of trials in MLflow, id -> tags; None: not asked yet
 
     def up_to_date(self) -> bool:
         """Tell whether all but the cost of the last run has been sent; whether MLflow still has it is not asked."""

@@ -39,7 +39,7 @@ def run_on_ray(job: Job) -> None:
         WorkbenchError: the cluster cannot be joined.
     """
     folder = job.folder / "ray"
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # the first time there is none; one that stays is told by `mkdir`
     folder.mkdir(parents=True)
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     with output_to(folder / "ray.log"):
