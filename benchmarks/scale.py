@@ -62,7 +62,7 @@ def _look(count: int, folder: Path) -> dict[str, str]:
         ("first look of a command, s", lambda: Store(folder / "runs").results_for(plan)),
         ("each further look of it, s", lambda: store.results_for(plan)),
         ("a look of the progress lines, s", progress.update),
-        ("a look of the mirror, s", lambda: mirror._sender.up_to_date(everything=False)),
+        ("a look of the mirror, s", mirror._sender.up_to_date),
     ):
         began = time.process_time()
         work()

@@ -147,9 +147,9 @@ def _looks(plan: Plan, store: Store) -> dict[str, float]:
     (ref,) = store.studies()
     mirror, spent = Mirror(store, ref, plan, tracking_uri=None, warn=print), {}
     time.sleep(3)  # until the files are settled
-    mirror._sender.up_to_date(everything=False)
+    mirror._sender.up_to_date()
     with _timed(spent, "a look of the mirror, all done"):
-        mirror._sender.up_to_date(everything=False)
+        mirror._sender.up_to_date()
     return spent
 
 
