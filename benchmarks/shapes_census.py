@@ -81,6 +81,8 @@ def print_baselines(data: DataSplits) -> None:
                     labels=torch.from_numpy(labels),
                     boxes_xyxy_px=torch.from_numpy(picture.boxes_xyxy_px),
                     queries=torch.arange(count),
+                    gt_ids=torch.arange(count),
+                    layer=0,
                 )
             )
         metrics = coco_metrics(
